@@ -1,0 +1,77 @@
+// Package packetio is the boundary between softroce and whatever carries its UDP datagrams: a real
+// socket (verbs/softroce) or a simulated network (internal/simnet).
+//
+// A train is a run of datagrams of equal length (the last may be shorter) that travel as one: UDP
+// GSO on transmit, GRO on receive. A datagram is a train of one.
+package packetio
+
+import (
+	"errors"
+	"net/netip"
+	"time"
+)
+
+// MaxTrainBytes bounds the UDP payload of a train (65535 less IPv6 and UDP headers, rounded down).
+const MaxTrainBytes = 65480
+
+// MaxTrainSegs is the kernel's bound on segments of one GSO send.
+const MaxTrainSegs = 64
+
+// ErrWouldBlock is what Send returns when the socket takes no more now; Wait with wantWrite tells
+// when it does again.
+var ErrWouldBlock = errors.New("packet socket would block")
+
+// TxTrain is a train to send. The concatenation of Vec is its UDP payload; when Segs > 1 it is
+// Segs datagrams of SegSize bytes each, the last one of 1..SegSize.
+type TxTrain struct {
+	To      netip.AddrPort
+	TOS     uint8
+	Segs    int
+	SegSize int
+	Vec     [][]byte
+}
+
+// RxTrain is a received train. Data belongs to the Conn and is valid until the next Recv.
+type RxTrain struct {
+	From    netip.AddrPort
+	Data    []byte
+	SegSize int // datagram size; == len(Data) for a single one
+	TOS     uint8
+	TTL     uint8
+}
+
+// Caps describe a Conn.
+type Caps struct {
+	MTU        int  // IP MTU of the egress interface of the local address
+	GSO        bool // Send takes trains of more than one
+	RecvBuffer int  // granted receive buffer in bytes as the kernel accounts it (SO_RCVBUF), 0 unknown
+}
+
+// Conn carries datagrams of one local address and port. Recv, Send and Wait are each called by one
+// goroutine at a time, but Wait may run beside Send and Recv; Wake and Close by any.
+type Conn interface {
+	LocalAddr() netip.AddrPort
+	Caps() Caps
+	// PathMTU is the IP MTU towards remote as far as known locally (interface MTU of the route).
+	PathMTU(remote netip.Addr) int
+	// Recv fills ts with trains that are here already and returns how many; it does not wait.
+	Recv(ts []RxTrain) (int, error)
+	// Send sends ts in order and returns how many trains went out. ErrWouldBlock: ts[n:] should be
+	// offered again when Wait reports room. Any other error concerns ts[n] alone, which is
+	// then to be counted and skipped.
+	Send(ts []TxTrain) (int, error)
+	// Wait returns when there is something to receive, when wantWrite and there is room to send, when
+	// Wake was called since the last Wait returned, or at deadline (zero: none). net.ErrClosed
+	// after Close.
+	Wait(deadline time.Time, wantWrite bool) error
+	Wake()
+	// Dropped is the running count of datagrams the receive buffer could not take (SO_RXQ_OVFL).
+	Dropped() uint64
+	Close() error
+}
+
+// Network makes Conns.
+type Network interface {
+	// Listen binds a Conn to local. ErrAddrInUse-like errors name the address.
+	Listen(local netip.AddrPort) (Conn, error)
+}

@@ -1,0 +1,432 @@
+package verbs
+
+import (
+	"fmt"
+	"net/netip"
+	"time"
+)
+
+// LKey and RKey are memory keys: a 24-bit index and an 8-bit variant (rocev2 spec 6.1).
+type (
+	LKey uint32
+	RKey uint32
+)
+
+// QPN is a 24-bit queue pair number. 0 and 1 are the management QPs.
+type QPN uint32
+
+// MTU is the path MTU code of verbs and CM: 1=256 ... 5=4096 (rocev2 spec 1.7).
+type MTU uint8
+
+// Path MTU codes.
+const (
+	MTU256 MTU = 1 + iota
+	MTU512
+	MTU1024
+	MTU2048
+	MTU4096
+)
+
+// Bytes is the payload of a full packet, 0 for a code that does not exist.
+func (m MTU) Bytes() int {
+	if m < MTU256 || m > MTU4096 {
+		return 0
+	}
+	return 128 << m
+}
+
+func (m MTU) String() string { return fmt.Sprintf("%d", m.Bytes()) }
+
+// QPType is the transport service of a QP.
+type QPType uint8
+
+// Transport services.
+const (
+	RC QPType = 1 + iota // reliable connected
+	UD                   // unreliable datagram
+)
+
+func (t QPType) String() string {
+	switch t {
+	case RC:
+		return "RC"
+	case UD:
+		return "UD"
+	}
+	return fmt.Sprintf("QPType(%d)", uint8(t))
+}
+
+// QPState is a state of the QP state machine (rocev2 spec 5.1).
+type QPState uint8
+
+// QP states. The zero value is RESET.
+//
+//	RESET ──▶ INIT ──▶ RTR ──▶ RTS ◀──▶ SQD
+//	  any but RESET ──▶ ERR       UD: RTS ──▶ SQE ──▶ RTS       any ──▶ RESET
+const (
+	StateReset QPState = iota
+	StateInit
+	StateRTR
+	StateRTS
+	StateSQD
+	StateSQE
+	StateErr
+)
+
+func (s QPState) String() string {
+	names := [...]string{"RESET", "INIT", "RTR", "RTS", "SQD", "SQE", "ERR"}
+	if int(s) < len(names) {
+		return names[s]
+	}
+	return fmt.Sprintf("QPState(%d)", uint8(s))
+}
+
+// Access is a set of rights to a memory region, or of remote operations a QP admits
+// (rocev2 spec 6.2; the values are ibverbs').
+type Access uint32
+
+// Access rights. RemoteWrite and RemoteAtomic require LocalWrite.
+const (
+	AccessLocalWrite   Access = 1 << 0
+	AccessRemoteWrite  Access = 1 << 1
+	AccessRemoteRead   Access = 1 << 2
+	AccessRemoteAtomic Access = 1 << 3
+)
+
+// SGE names Length bytes at Addr of the registered region LKey. Addr is an IOVA: the region's
+// address plus an offset. A zero-length SGE's key is not looked at.
+type SGE struct {
+	Addr   uint64
+	Length uint32
+	LKey   LKey
+}
+
+// SendOpcode is the operation of a send work request.
+type SendOpcode uint8
+
+// Send operations.
+const (
+	OpSend SendOpcode = iota + 1
+	OpSendWithImm
+	OpSendWithInv // invalidates InvalidateRKey at the receiver
+	OpWrite
+	OpWriteWithImm
+	OpRead
+	OpCompareSwap
+	OpFetchAdd
+)
+
+func (o SendOpcode) String() string {
+	names := [...]string{1: "SEND", "SEND_WITH_IMM", "SEND_WITH_INV", "RDMA_WRITE", "RDMA_WRITE_WITH_IMM", "RDMA_READ", "ATOMIC_CMP_AND_SWP", "ATOMIC_FETCH_AND_ADD"}
+	if o > 0 && int(o) < len(names) {
+		return names[o]
+	}
+	return fmt.Sprintf("SendOpcode(%d)", uint8(o))
+}
+
+// SendFlags modify a send work request.
+type SendFlags uint8
+
+// Send flags.
+const (
+	SendSignaled  SendFlags = 1 << iota // a WC on success too; errors and flushes always give one
+	SendSolicited                       // SE bit on the last packet of a SEND or WRITE with immediate
+	SendFence                           // waits until all previous READs and atomics are complete
+)
+
+// SendWR is a send work request.
+type SendWR struct {
+	ID     uint64
+	Opcode SendOpcode
+	Flags  SendFlags
+
+	// SGs is the gather list (scatter list for READ and atomics, which want exactly 8 bytes).
+	// The provider copies it at post.
+	SGs []SGE
+
+	// Imm is the immediate of OpSendWithImm and OpWriteWithImm. On the wire it is big-endian; both
+	// ends see the same number.
+	Imm uint32
+	// InvalidateRKey is the peer's key that OpSendWithInv invalidates.
+	InvalidateRKey RKey
+
+	// RemoteAddr and RKey are the target of WRITE, READ and atomics.
+	RemoteAddr uint64
+	RKey       RKey
+	// CompareAdd is the compare operand of OpCompareSwap, the addend of OpFetchAdd.
+	CompareAdd uint64
+	Swap       uint64
+
+	// AH, RemoteQPN and RemoteQKey address a UD send. Ignored on RC.
+	AH         *AH
+	RemoteQPN  QPN
+	RemoteQKey uint32
+}
+
+// AH is an address vector: where packets of a UD send, or of an RC QP, go.
+type AH struct {
+	Remote       netip.Addr // peer address (its GID); IPv4 or IPv6, not 4-in-6
+	TrafficClass uint8      // IPv4 TOS or IPv6 traffic class
+	HopLimit     uint8      // 0 means 64
+}
+
+// RecvWR is a receive work request: a scatter list for one incoming SEND (or nothing, for a WRITE
+// with immediate). The provider copies SGs at post.
+type RecvWR struct {
+	ID  uint64
+	SGs []SGE
+}
+
+// WCOpcode is the kind of operation a work completion reports.
+type WCOpcode uint8
+
+// Completion opcodes.
+const (
+	WCSend WCOpcode = iota + 1
+	WCWrite
+	WCRead
+	WCCompareSwap
+	WCFetchAdd
+	WCRecv
+	WCRecvWriteWithImm
+)
+
+// WCFlags say which fields of a WC are meaningful beyond the usual.
+type WCFlags uint8
+
+// Completion flags.
+const (
+	WCWithImm WCFlags = 1 << iota
+	WCWithInvalidate
+	WCWithGRH   // UD: 40 bytes of network header precede the payload
+	WCSolicited // the peer set the solicited event bit
+)
+
+// WC is a work completion. When Status is not WCSuccess only ID, Status, QPN and VendorErr are
+// meaningful.
+type WC struct {
+	ID        uint64
+	Status    WCStatus
+	Opcode    WCOpcode
+	Flags     WCFlags
+	QPN       QPN    // local QP
+	ByteLen   uint32 // bytes received, or bytes of a completed READ
+	Imm       uint32
+	SrcQPN    QPN // UD: sender's QP
+	InvRKey   RKey
+	VendorErr uint32
+}
+
+// WCStatus is the status of a completion (rocev2 spec 5.5; the values are ibverbs').
+type WCStatus uint8
+
+// Completion statuses.
+const (
+	WCSuccess        WCStatus = 0
+	WCLocLenErr      WCStatus = 1
+	WCLocQPOpErr     WCStatus = 2
+	WCLocProtErr     WCStatus = 4
+	WCFlushErr       WCStatus = 5
+	WCBadRespErr     WCStatus = 7
+	WCLocAccessErr   WCStatus = 8
+	WCRemInvReqErr   WCStatus = 9
+	WCRemAccessErr   WCStatus = 10
+	WCRemOpErr       WCStatus = 11
+	WCRetryExcErr    WCStatus = 12
+	WCRNRRetryExcErr WCStatus = 13
+	WCRemAbortErr    WCStatus = 16
+	WCFatalErr       WCStatus = 19
+	WCGeneralErr     WCStatus = 21
+)
+
+var wcStatusNames = map[WCStatus]string{
+	WCSuccess: "success", WCLocLenErr: "local length error", WCLocQPOpErr: "local QP operation error",
+	WCLocProtErr: "local protection error", WCFlushErr: "work request flushed", WCBadRespErr: "bad response",
+	WCLocAccessErr: "local access error", WCRemInvReqErr: "remote invalid request", WCRemAccessErr: "remote access error",
+	WCRemOpErr: "remote operation error", WCRetryExcErr: "transport retries exceeded", WCRNRRetryExcErr: "RNR retries exceeded",
+	WCRemAbortErr: "remote aborted", WCFatalErr: "fatal error", WCGeneralErr: "general error",
+}
+
+func (s WCStatus) String() string {
+	if n, ok := wcStatusNames[s]; ok {
+		return n
+	}
+	return fmt.Sprintf("WCStatus(%d)", uint8(s))
+}
+
+// Err is nil for success, otherwise a *WCError with the completion's facts.
+func (wc *WC) Err() error {
+	if wc.Status == WCSuccess {
+		return nil
+	}
+	return &WCError{Status: wc.Status, QPN: wc.QPN, WRID: wc.ID, VendorErr: wc.VendorErr}
+}
+
+// DeviceAttr are a device's identity and limits.
+type DeviceAttr struct {
+	GUID         uint64 // node GUID; softroce: random per device, so that a restart is a new CA
+	MaxQP        int
+	MaxQPWR      int // per queue
+	MaxSGE       int
+	MaxCQ        int
+	MaxCQE       int
+	MaxSRQ       int
+	MaxSRQWR     int
+	MaxMR        int
+	MaxMRBytes   uint64
+	MaxRDAtomic  int // outstanding READs and atomics per QP, each direction
+	MaxMsgBytes  uint32
+	ActiveMTU    MTU // largest path MTU of the port
+	RecvWindow   int // bytes one peer may have in flight towards this device; 0: no own flow limit
+	PreferredMsg int // SEND size in bytes that the device moves most cheaply (softroce: a GSO train); 0: no preference
+}
+
+// QPAttr are the attributes of Modify. Which are read, and which must be given, is in the table of
+// rocev2 spec 5.2; Mask names the ones given.
+type QPAttr struct {
+	State           QPState
+	CurState        QPState
+	Access          Access // remote operations admitted
+	PKeyIndex       uint16
+	Port            uint8
+	QKey            uint32
+	AH              AH
+	PathMTU         MTU
+	DestQPN         QPN
+	RQPSN           uint32 // first PSN expected
+	SQPSN           uint32 // first PSN sent
+	MaxRDAtomic     uint8  // READs and atomics we may have outstanding
+	MaxDestRDAtomic uint8  // READs and atomics the peer may have outstanding
+	MinRNRTimer     uint8  // 5-bit code, rocev2 spec 3.8
+	Timeout         uint8  // 5-bit code, 4.096 us << code; 0 disables
+	RetryCount      uint8  // 0..7
+	RNRRetry        uint8  // 0..7, 7 for ever
+	EnSQDNotify     bool
+
+	// SendWindow bounds the bytes in flight towards the peer (what the peer announced as its
+	// DeviceAttr.RecvWindow); 0 leaves the provider's default for a peer that announced nothing.
+	// An OpenRDS attribute; providers in hardware ignore it. Settable in RTR and RTS.
+	SendWindow int
+}
+
+// QPAttrMask says which fields of a QPAttr are given.
+type QPAttrMask uint32
+
+// Attribute mask bits.
+const (
+	QPStateBit QPAttrMask = 1 << iota
+	QPCurStateBit
+	QPAccessBit
+	QPPKeyIndexBit
+	QPPortBit
+	QPQKeyBit
+	QPAHBit
+	QPPathMTUBit
+	QPDestQPNBit
+	QPRQPSNBit
+	QPSQPSNBit
+	QPMaxRDAtomicBit
+	QPMaxDestRDAtomicBit
+	QPMinRNRTimerBit
+	QPTimeoutBit
+	QPRetryCountBit
+	QPRNRRetryBit
+	QPEnSQDNotifyBit
+	QPSendWindowBit
+)
+
+// EventType is the kind of an asynchronous event.
+type EventType uint8
+
+// Asynchronous events (rocev2 spec 5.4).
+const (
+	EventCommEst EventType = iota + 1
+	EventSQDrained
+	EventQPFatal
+	EventQPRequestErr
+	EventQPAccessErr
+	EventQPLastWQEReached
+	EventCQErr
+	EventSRQLimitReached
+	EventDeviceFatal
+)
+
+func (t EventType) String() string {
+	names := [...]string{1: "COMM_EST", "SQ_DRAINED", "QP_FATAL", "QP_REQ_ERR", "QP_ACCESS_ERR", "QP_LAST_WQE_REACHED", "CQ_ERR", "SRQ_LIMIT_REACHED", "DEVICE_FATAL"}
+	if t > 0 && int(t) < len(names) {
+		return names[t]
+	}
+	return fmt.Sprintf("EventType(%d)", uint8(t))
+}
+
+// AsyncEvent is an asynchronous event. Exactly the field its Type concerns is set.
+type AsyncEvent struct {
+	Type EventType
+	QP   QP
+	CQ   CQ
+	SRQ  SRQ
+}
+
+// CQConfig are the parameters of a CQ.
+type CQConfig struct {
+	Depth int // completions it can hold
+	// Handler runs when the CQ is armed and a completion arrives (see the package comment). Nil for
+	// a CQ that is only polled.
+	Handler func(CQ)
+}
+
+// SRQConfig are the parameters of a shared receive queue.
+type SRQConfig struct {
+	MaxWR  int
+	MaxSGE int
+}
+
+// QPConfig are the parameters of a QP.
+type QPConfig struct {
+	Type       QPType
+	SendCQ     CQ
+	RecvCQ     CQ
+	SRQ        SRQ // nil: the QP has its own receive queue
+	MaxSendWR  int
+	MaxRecvWR  int
+	MaxSendSGE int
+	MaxRecvSGE int
+	// SignalAll makes every send work request signaled.
+	SignalAll bool
+	// Context is returned by QP.Context, for handlers that find a QP by number.
+	Context any
+}
+
+// ConnParam are the parameters a side gives to connection establishment.
+type ConnParam struct {
+	PrivateData        []byte // at most 56 bytes in a connect, 196 in an accept, 148 in a reject
+	ResponderResources uint8  // READs and atomics we can serve
+	InitiatorDepth     uint8  // READs and atomics we will issue
+	RetryCount         uint8  // 0..7; in a REQ, the count the passive side's QP uses too
+	RNRRetryCount      uint8  // 0..7, 7 for ever; the count the peer's QP uses
+	AckTimeout         uint8  // local ACK timeout code; 0: provider default (17)
+	MinRNRTimer        uint8  // 5-bit code our responder puts into RNR NAKs
+	TrafficClass       uint8
+	SRQ                bool
+}
+
+// Connected is what establishment learnt from the peer.
+type Connected struct {
+	PrivateData        []byte // as received, zero padded: 56 bytes from a REQ, 196 from a REP
+	ResponderResources uint8
+	InitiatorDepth     uint8
+	PathMTU            MTU
+	PeerGUID           uint64
+	PeerQPN            QPN
+}
+
+// DefaultAckTimeout is the ACK timeout code our REQ asks for: 4.096 us << 17 = 0.54 s.
+const DefaultAckTimeout = 17
+
+// AckTimeoutDuration is the time of a 5-bit ACK timeout code, 0 for code 0 (disabled).
+func AckTimeoutDuration(code uint8) time.Duration {
+	if code == 0 {
+		return 0
+	}
+	return time.Duration(4096<<(code&31)) * time.Nanosecond
+}
