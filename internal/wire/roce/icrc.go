@@ -137,7 +137,7 @@ func mul(a, b uint32) (p uint32) {
 // Flow computes and checks the ICRC of packets between one pair of UDP endpoints, in one direction.
 // It is a small immutable value: copy it, share it.
 type Flow struct {
-	base uint32                 // register behind the masked headers, their lengths taken as 0
+	base uint32                // register behind the masked headers, their lengths taken as 0
 	lens *[MaxLen/4 + 1]uint32 // effect of the lengths
 	v4   bool
 }
