@@ -158,20 +158,15 @@ func SplitServiceID(id uint64) (space, port uint16, ok bool) {
 // at least 1 ms (rocev2 spec 7.8).
 func Timeout(t uint8) time.Duration { return time.Millisecond << max(int(t&31)-8, 0) }
 
-// AckTimeout is the local ACK timeout code for a peer with target ACK delay code d over a path with
-// packet lifetime code l: at least both of twice the lifetime and the delay, one more if they are
-// near each other, at most 31 (rocev2 spec 7.6).
+// AckTimeout is the local ACK timeout code for a path with packet lifetime code l to a peer with
+// target ACK delay code d: the sum of 2^(l+1) and 2^d rounded to a power of two, at most 31
+// (rocev2 spec 7.6).
 func AckTimeout(d, l uint8) uint8 {
-	a, d2 := int(l)+1, int(d)
-	switch {
-	case a >= d2 && d2 >= a-1:
-		a++
-	case a < d2 && a >= d2-1:
-		a = d2 + 1
-	case a < d2:
-		a = d2
+	hi, lo := max(int(l)+1, int(d)), min(int(l)+1, int(d))
+	if lo >= hi-1 {
+		hi++
 	}
-	return uint8(min(a, 31))
+	return uint8(min(hi, 31))
 }
 
 // CMAHeader is the header that RDMA-CM puts in front of an application's private data in REQ and
