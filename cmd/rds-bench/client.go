@@ -1,0 +1,254 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"time"
+
+	"github.com/HdrHistogram/hdrhistogram-go"
+)
+
+// A client drives the runs of one session with a server, one after another.
+type client struct {
+	conn       *controlConn
+	transports *transports
+	params     params
+	progress   progress
+}
+
+// dialClient connects to the server's control address. local is the address to use on this host; the
+// zero Addr leaves it to the kernel's routes.
+func dialClient(ctx context.Context, server netip.AddrPort, local netip.Addr, p params, open openTransport, pr progress) (*client, error) {
+	d := net.Dialer{Timeout: helloTimeout}
+	if local.IsValid() {
+		d.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(local, 0))
+	}
+	nc, err := d.DialContext(ctx, "tcp", server.String())
+	if err != nil {
+		return nil, err
+	}
+	conn := newControlConn(nc)
+	c := &client{conn: conn, transports: newTransports(open, conn.localAddr()), params: p, progress: pr}
+	c.transports.dialect = p.Dialect
+	if _, err := c.ask(request{Op: opHello, Version: controlVersion, Dialect: p.Dialect}); err != nil {
+		nc.Close()
+		return nil, err
+	}
+	return c, nil
+}
+
+func (c *client) close() error {
+	return errors.Join(c.transports.close(), c.conn.Close())
+}
+
+// ask sends a request and waits for its answer.
+func (c *client) ask(req request) (*response, error) {
+	if err := c.conn.SetDeadline(time.Now().Add(answerTimeout)); err != nil {
+		return nil, err
+	}
+	res := new(response)
+	err := c.conn.write(req)
+	if err == nil {
+		err = c.conn.read(res)
+	}
+	switch {
+	case errors.Is(err, io.EOF):
+		return nil, fmt.Errorf("server %v closed the control connection", c.conn.RemoteAddr())
+	case err != nil:
+		return nil, fmt.Errorf("control connection: %w", err)
+	}
+	return res, res.err()
+}
+
+// measure runs specs and returns the results of those that were measured. It stops at the first error,
+// and when ctx is done, which is no error.
+func (c *client) measure(ctx context.Context, specs []spec) ([]result, error) {
+	var out []result
+	for _, s := range specs {
+		if ctx.Err() != nil {
+			break
+		}
+		r, err := c.run(ctx, s)
+		if r != nil {
+			out = append(out, *r)
+		}
+		if err != nil && ctx.Err() == nil {
+			return out, err
+		}
+		if err != nil {
+			// Interrupted. What went wrong with the content counts all the same.
+			var v *verifyError
+			if errors.As(err, &v) {
+				return out, err
+			}
+			break
+		}
+	}
+	return out, nil
+}
+
+// minInterval is the shortest measured interval of an interrupted run that still says something.
+const minInterval = 100 * time.Millisecond
+
+// run does one run. The result is nil if nothing was measured; with Verify there is one and an error when
+// the content was wrong.
+func (c *client) run(ctx context.Context, s spec) (r *result, err error) {
+	var token [8]byte
+	rand.Read(token[:]) // never fails (crypto/rand)
+	s.Token = binary.BigEndian.Uint64(token[:])
+	c.progress.begin(s)
+
+	// 1. Both endpoints. The server's comes first: some transports listen there.
+	res, err := c.ask(request{Op: opPrepare, Spec: &s})
+	if err != nil {
+		return nil, err
+	}
+	ep, err := c.transports.endpoint(ctx, s, true)
+	if err != nil {
+		return nil, errors.Join(err, c.end())
+	}
+	side := newSide(s, true, ep)
+	defer func() {
+		// Ours first: the server's close may wait for what we hold.
+		if cerr := errors.Join(side.close(), c.end()); err == nil {
+			err = cerr
+		}
+	}()
+
+	// 2. Flows. Both sides work at it at the same time.
+	connected := make(chan error, 1)
+	connectCtx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() {
+		_, err := c.ask(request{Op: opConnect, Addrs: ep.addrs()})
+		if err != nil {
+			cancel()
+		}
+		connected <- err
+	}()
+	err = side.connect(connectCtx, res.Addrs)
+	if serr := <-connected; serr != nil {
+		return nil, serr // the cause; ours is that we were told to stop
+	}
+	if err != nil {
+		return nil, err
+	}
+
+	// 3. Load.
+	if _, err := c.ask(request{Op: opStart}); err != nil {
+		return nil, err
+	}
+	side.start()
+	c.pause(ctx, side, c.params.Warmup)
+
+	// 4. The measured interval, unless it would be too short to say anything.
+	if ctx.Err() == nil {
+		if _, err := c.ask(request{Op: opMark}); err != nil {
+			return nil, err
+		}
+		mine := side.mark(true)
+		c.pause(ctx, side, c.params.Duration)
+		res, err = c.ask(request{Op: opMark})
+		if err != nil {
+			return nil, err
+		}
+		if d := side.mark(false).since(mine); ctx.Err() == nil || d.Seconds >= minInterval.Seconds() {
+			r = newResult(s, d, *res.Delta)
+		}
+	}
+
+	// 5. No more load; everything sent arrives.
+	if err := c.finish(side); err != nil {
+		if ferr := side.failure(); ferr != nil {
+			err = ferr // usually the cause
+		}
+		return r, err
+	}
+	if r != nil {
+		r.Verified = s.Verify
+		r.setRoundTrips(side.roundTrips())
+	}
+	return r, nil
+}
+
+// finish stops both sides and waits for what is on its way.
+func (c *client) finish(side *side) error {
+	sent, err := side.stop()
+	if err != nil {
+		return err
+	}
+	res, err := c.ask(request{Op: opStop, Sent: sent})
+	if err != nil {
+		return err
+	}
+	return side.drain(res.Sent)
+}
+
+func (c *client) end() error {
+	_, err := c.ask(request{Op: opEnd})
+	return err
+}
+
+// pause lets the load run for d, or until something ends it.
+func (c *client) pause(ctx context.Context, s *side, d time.Duration) {
+	const step = 100 * time.Millisecond
+	end := time.Now().Add(d)
+	t := time.NewTimer(min(step, d))
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-s.failed:
+			return
+		case <-t.C:
+		}
+		left := time.Until(end)
+		c.progress.advance(d - max(left, 0))
+		if left <= 0 {
+			return
+		}
+		t.Reset(min(step, left))
+	}
+}
+
+// newResult combines what both sides counted.
+func newResult(s spec, client, server delta) *result {
+	r := &result{
+		Transport:   s.Transport,
+		Provider:    providerOf(s.Transport),
+		Test:        s.Test,
+		Size:        s.Size,
+		CPUSeconds:  client.CPUSeconds + server.CPUSeconds,
+		Retransmits: client.Retransmits + server.Retransmits,
+		Drops:       client.Drops + server.Drops,
+		cores:       client.CPUSeconds/client.Seconds + server.CPUSeconds/server.Seconds,
+	}
+	switch {
+	case s.Test == testRTT:
+		r.MessagesPerSecond = float64(client.Messages) / client.Seconds
+	case s.Bidir:
+		r.MessagesPerSecond = float64(client.Messages)/client.Seconds + float64(server.Messages)/server.Seconds
+	default:
+		r.MessagesPerSecond = float64(server.Messages) / server.Seconds
+	}
+	r.BytesPerSecond = r.MessagesPerSecond * float64(s.Size)
+	return r
+}
+
+// setRoundTrips takes the percentiles out of h, which is nil for a throughput run.
+func (r *result) setRoundTrips(h *hdrhistogram.Histogram) {
+	if h == nil || h.TotalCount() == 0 {
+		return
+	}
+	at := func(percent float64) float64 {
+		return (time.Duration(h.ValueAtPercentile(percent)) * time.Nanosecond).Seconds()
+	}
+	r.RTTSeconds = &percentiles{P50: at(50), P99: at(99), P999: at(99.9)}
+}

@@ -1,0 +1,288 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"strconv"
+	"strings"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+)
+
+// A usageError is a command line that makes no sense.
+type usageError struct{ err error }
+
+func (e *usageError) Error() string { return e.err.Error() }
+func (e *usageError) Unwrap() error { return e.err }
+
+func usage(err error) error {
+	if err == nil {
+		return nil
+	}
+	return &usageError{err}
+}
+
+// Addresses of the two processes when both are ours.
+const (
+	defaultClientAddr = "127.0.0.1"
+	defaultServerAddr = "127.0.0.2"
+)
+
+// clientFlags are the flags of a measurement, local or between two hosts.
+type clientFlags struct {
+	params  params
+	json    bool
+	addr    string
+	profile string
+}
+
+func (f *clientFlags) register(cmd *cobra.Command) {
+	f.params = defaultParams()
+	p := &f.params
+	fl := cmd.Flags()
+	fl.Var(sizesValue{&p.Sizes}, "sizes", "bytes per datagram, with units: 64,4KiB,1MiB")
+	fl.StringSliceVar(&p.Tests, "tests", p.Tests, "what to measure: throughput, rtt")
+	fl.Var(compareValue{&p.Compare}, "compare", "baselines to measure beside it: tcp, udp, none")
+	fl.IntVar(&p.Sockets, "sockets", p.Sockets, "sockets on each side, each with one peer socket")
+	fl.IntVar(&p.Depth, "depth", p.Depth, "datagrams in flight per socket, 0: as many as the send buffer takes")
+	fl.DurationVar(&p.Duration, "duration", p.Duration, "measured interval of each run")
+	fl.DurationVar(&p.Warmup, "warmup", p.Warmup, "load before it that is not measured")
+	fl.BoolVar(&p.Bidir, "bidir", p.Bidir, "throughput in both directions at once, rates added")
+	fl.BoolVar(&p.Verify, "verify", p.Verify, "check content and order of every datagram")
+	fl.StringVar(&p.Dialect, "dialect", p.Dialect, "what to speak to the peer: open (ours) or kernel (Linux's)")
+	fl.Uint64Var(&p.Seed, "seed", p.Seed, "seed of the content")
+	fl.BoolVar(&f.json, "json", false, "print one JSON object instead of the table")
+	fl.StringVar(&f.profile, "cpuprofile", "", "write CPU profiles of the measured processes to this file, .client and .server appended")
+}
+
+// newCommand is the command line.
+func newCommand(stdin io.Reader, stdout, stderr io.Writer) *cobra.Command {
+	var f clientFlags
+	root := &cobra.Command{
+		Use:   "rds-bench",
+		Short: "Measure reliable datagrams between two processes or two hosts",
+		Long: `rds-bench measures Reliable Datagram Sockets: throughput and round-trip time of a ladder of
+datagram sizes, beside the same ladder over Go's TCP.
+
+Without a subcommand it starts its own second process and measures between ` + defaultClientAddr + ` and
+` + defaultServerAddr + `. For two hosts run "rds-bench server" on one and "rds-bench client HOST" on the other.`,
+		Args:          noArgs,
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := f.params.validate(); err != nil {
+				return usage(err)
+			}
+			client, server, err := parseLocalAddrs(f.addr)
+			if err != nil {
+				return usage(err)
+			}
+			return f.runLocal(cmd.Context(), client, server, stdout, stderr)
+		},
+	}
+	root.SetIn(stdin)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usage(err) })
+	f.register(root)
+	root.Flags().StringVar(&f.addr, "addr", defaultClientAddr+","+defaultServerAddr, "addresses of the client and of the server")
+	root.AddCommand(newServerCommand(stdin, stdout, stderr), newClientCommand(stdout, stderr))
+	return root
+}
+
+func newClientCommand(stdout, stderr io.Writer) *cobra.Command {
+	var f clientFlags
+	cmd := &cobra.Command{
+		Use:   "client SERVER[:PORT]",
+		Short: "Measure against a server on another host",
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) != 1 {
+				return usage(errors.New("client needs the server's address, as in: rds-bench client 10.0.0.1"))
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := f.params.validate(); err != nil {
+				return usage(err)
+			}
+			var local netip.Addr
+			if f.addr != "" {
+				var err error
+				if local, err = netip.ParseAddr(f.addr); err != nil {
+					return usage(fmt.Errorf("--addr: %v", err))
+				}
+			}
+			server, err := resolveServer(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			return f.measure(cmd.Context(), server, local, stdout, stderr)
+		},
+	}
+	f.register(cmd)
+	cmd.Flags().StringVar(&f.addr, "addr", "", "address of this host to use (default: the one the route to the server has)")
+	return cmd
+}
+
+func newServerCommand(stdin io.Reader, stdout, stderr io.Writer) *cobra.Command {
+	var addr, profile string
+	var child, verbose bool
+	cmd := &cobra.Command{
+		Use:   "server",
+		Short: "Serve clients on other hosts, one after another",
+		Long: `Serve clients on other hosts, one after another, until interrupted. --addr bounds the addresses that
+clients may use, and sets the TCP port of the control connection; what a client measures runs
+between the two addresses of its control connection.`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			listen, err := parseListenAddr(addr)
+			if err != nil {
+				return usage(fmt.Errorf("--addr: %v", err))
+			}
+			var lc net.ListenConfig
+			ln, err := lc.Listen(cmd.Context(), "tcp", listen)
+			if err != nil {
+				return err
+			}
+			level := hclog.Info
+			if child && !verbose {
+				level = hclog.Error
+			}
+			log := hclog.New(&hclog.LoggerOptions{Name: "rds-bench", Level: level, Output: stderr})
+			stopProfile, err := startProfile(profile, ".server")
+			if err != nil {
+				ln.Close()
+				return err
+			}
+			srv := &server{ln: ln, log: log, open: newTransport}
+			ctx := cmd.Context()
+			if child {
+				ctx = childContext(ctx, stdin)
+				fmt.Fprintln(stdout, ln.Addr()) // the parent waits for it
+			} else {
+				log.Info("serving", "control", ln.Addr().String())
+			}
+			return errors.Join(srv.serve(ctx), stopProfile())
+		},
+	}
+	fl := cmd.Flags()
+	fl.StringVar(&addr, "addr", "", "address and control port to listen on (default: every address, port "+strconv.Itoa(defaultControlPort)+")")
+	fl.StringVar(&profile, "cpuprofile", "", "write a CPU profile to this file, .server appended")
+	fl.BoolVar(&verbose, "verbose", false, "log sessions of a child too")
+	fl.BoolVar(&child, "child", false, "serve the process that holds the other end of standard input")
+	_ = fl.MarkHidden("child")
+	_ = fl.MarkHidden("verbose")
+	return cmd
+}
+
+func noArgs(_ *cobra.Command, args []string) error {
+	if len(args) > 0 {
+		return usage(fmt.Errorf("unexpected argument %q", args[0]))
+	}
+	return nil
+}
+
+// parseLocalAddrs reads "client,server" addresses of this host.
+func parseLocalAddrs(s string) (client, server netip.Addr, err error) {
+	c, sv, ok := strings.Cut(s, ",")
+	if !ok {
+		return client, server, fmt.Errorf("--addr: %q is not two addresses with a comma between", s)
+	}
+	if client, err = netip.ParseAddr(c); err != nil {
+		return client, server, fmt.Errorf("--addr: %v", err)
+	}
+	if server, err = netip.ParseAddr(sv); err != nil {
+		return client, server, fmt.Errorf("--addr: %v", err)
+	}
+	if client == server {
+		return client, server, fmt.Errorf("--addr: client and server need an address each, not both %v", client)
+	}
+	return client, server, nil
+}
+
+// parseListenAddr turns ADDR, ADDR:PORT, :PORT or nothing into what net.Listen takes.
+func parseListenAddr(s string) (string, error) {
+	if s == "" {
+		return net.JoinHostPort("", strconv.Itoa(defaultControlPort)), nil
+	}
+	if a, err := netip.ParseAddr(s); err == nil {
+		return netip.AddrPortFrom(a, defaultControlPort).String(), nil
+	}
+	host, port, err := net.SplitHostPort(s)
+	if err != nil {
+		return "", err
+	}
+	if host != "" {
+		if _, err := netip.ParseAddr(host); err != nil {
+			return "", err
+		}
+	}
+	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
+		return "", fmt.Errorf("%q is not a port", port)
+	}
+	return s, nil
+}
+
+// resolveServer turns HOST, HOST:PORT into an address.
+func resolveServer(ctx context.Context, s string) (netip.AddrPort, error) {
+	if a, err := netip.ParseAddr(s); err == nil {
+		return netip.AddrPortFrom(a, defaultControlPort), nil
+	}
+	host, port := s, strconv.Itoa(defaultControlPort)
+	if h, p, err := net.SplitHostPort(s); err == nil {
+		host, port = h, p
+	}
+	n, err := strconv.ParseUint(port, 10, 16)
+	if err != nil {
+		return netip.AddrPort{}, usage(fmt.Errorf("%q is not a port", port))
+	}
+	ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+	if err != nil {
+		return netip.AddrPort{}, err
+	}
+	return netip.AddrPortFrom(ips[0].Unmap(), uint16(n)), nil
+}
+
+// measure runs the ladder against a server and reports.
+func (f *clientFlags) measure(ctx context.Context, server netip.AddrPort, local netip.Addr, stdout, stderr io.Writer) (err error) {
+	stopProfile, err := startProfile(f.profile, ".client")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, stopProfile()) }()
+
+	specs := f.params.runs()
+	var pr progress = noProgress{}
+	if file, ok := stderr.(*os.File); ok && term.IsTerminal(int(file.Fd())) {
+		pr = newBarProgress(file, len(specs), f.params)
+	}
+	c, err := dialClient(ctx, server, local, f.params, newTransport, pr)
+	if err != nil {
+		return err
+	}
+	rep := newReport(f.params, c.conn.localAddr().String(), c.conn.remoteAddr().String())
+	results, err := c.measure(ctx, specs)
+	rep.Runs = append(rep.Runs, results...)
+	pr.finish()
+	if cerr := c.close(); err == nil {
+		err = cerr
+	}
+	if ctx.Err() != nil {
+		fmt.Fprintf(stderr, "rds-bench: interrupted after %d of %d runs\n", len(results), len(specs))
+	}
+	if len(results) == 0 && err != nil && !f.json {
+		return err // nothing for a table
+	}
+	write := rep.writeTable
+	if f.json {
+		write = rep.writeJSON
+	}
+	return errors.Join(err, write(stdout))
+}

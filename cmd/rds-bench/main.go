@@ -1,0 +1,64 @@
+// Command rds-bench measures reliable datagrams: between two processes that it starts itself, or
+// between two hosts.
+//
+//	rds-bench                     both processes on this host, 127.0.0.1 to 127.0.0.2
+//	rds-bench server              on one host
+//	rds-bench client 10.0.0.1     on the other one
+//
+// It runs a ladder of datagram sizes, throughput and round-trip time of each, and the same ladder
+// over Go's TCP beside it, and ends with a table, or with one JSON object (--json).
+//
+// # What is measured
+//
+// Throughput: senders write as fast as their socket takes datagrams (or keep --depth of them in
+// flight), receivers read and count; the rate is what the receiving application counted between two
+// moments. Round trip: one datagram in flight per socket, answered by the other application with one
+// of the same size. CPU is what getrusage says of both processes in the measured interval.
+// At the end of each run the senders stop and everything they sent must arrive.
+//
+// # Exit status
+//
+// 0 also after an interrupt, which ends the measurement and prints what is there; 1 when something
+// failed, --verify's checks included; 2 for a wrong command line.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	// The first signal ends the measurement, the second one the process.
+	context.AfterFunc(ctx, stop)
+	code := run(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr)
+	stop()
+	os.Exit(code)
+}
+
+// run is main with everything it touches as arguments; it returns the exit status.
+func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
+	cmd := newCommand(stdin, stdout, stderr)
+	cmd.SetArgs(args)
+	err := cmd.ExecuteContext(ctx)
+	if err == nil {
+		return 0
+	}
+	fmt.Fprintln(stderr, "rds-bench:", oneLine(err))
+	var usage *usageError
+	if errors.As(err, &usage) {
+		return 2
+	}
+	return 1
+}
+
+// oneLine is an error's text for a terminal, joined errors beside each other.
+func oneLine(err error) string {
+	return strings.Join(strings.FieldsFunc(err.Error(), func(r rune) bool { return r == '\n' }), "; ")
+}

@@ -1,0 +1,234 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// Names of transports and tests, as they appear in flags and reports.
+const (
+	transportRDS = "rds"
+	transportTCP = "tcp"
+	transportUDP = "udp"
+
+	testThroughput = "throughput"
+	testRTT        = "rtt"
+)
+
+// Bounds of parameters. A server holds its client to them.
+const (
+	maxSockets = 1024
+	maxDepth   = 1 << 16
+)
+
+// params is what a client measures.
+type params struct {
+	Sizes    []int         // bytes per datagram, 1..maxMessageBytes
+	Tests    []string      // testThroughput, testRTT
+	Compare  []string      // baselines beside RDS
+	Sockets  int           // flows
+	Depth    int           // datagrams in flight per flow, 0 as many as the send buffer takes
+	Duration time.Duration // measured interval of a run
+	Warmup   time.Duration // before it
+	Bidir    bool          // throughput in both directions at once
+	Verify   bool          // check content and order of every datagram
+	Dialect  string        // "open" or "kernel"
+	Seed     uint64        // of the content
+}
+
+func defaultParams() params {
+	return params{
+		Sizes:    []int{64, 4 << 10, 64 << 10, 1 << 20},
+		Tests:    []string{testThroughput, testRTT},
+		Compare:  []string{transportTCP},
+		Sockets:  1,
+		Duration: time.Second,
+		Warmup:   200 * time.Millisecond,
+		Dialect:  dialectOpen,
+		Seed:     1,
+	}
+}
+
+// Dialects: what to speak to a peer that is one of ours.
+const (
+	dialectOpen   = "open"   // several messages in a SEND
+	dialectKernel = "kernel" // as to the Linux kernel: one fragment in a SEND
+)
+
+// validate reports every problem.
+func (p params) validate() error {
+	var errs []error
+	complain := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	if len(p.Sizes) == 0 {
+		complain("--sizes is empty")
+	}
+	for _, s := range p.Sizes {
+		if s < 1 || s > maxMessageBytes {
+			complain("--sizes: %d is not between 1 and %d bytes", s, maxMessageBytes)
+		}
+	}
+	if len(p.Tests) == 0 {
+		complain("--tests is empty")
+	}
+	for _, t := range p.Tests {
+		if t != testThroughput && t != testRTT {
+			complain("--tests: %q is neither %s nor %s", t, testThroughput, testRTT)
+		}
+	}
+	for _, c := range p.Compare {
+		if c != transportTCP && c != transportUDP {
+			complain("--compare: %q is none of tcp, udp, none", c)
+		}
+	}
+	if p.Sockets < 1 || p.Sockets > maxSockets {
+		complain("--sockets: %d is not between 1 and %d", p.Sockets, maxSockets)
+	}
+	if p.Depth < 0 || p.Depth > maxDepth {
+		complain("--depth: %d is not between 0 and %d", p.Depth, maxDepth)
+	}
+	if p.Duration <= 0 {
+		complain("--duration: %v is not positive", p.Duration)
+	}
+	if p.Warmup < 0 {
+		complain("--warmup: %v is negative", p.Warmup)
+	}
+	if p.Dialect != dialectOpen && p.Dialect != dialectKernel {
+		complain("--dialect: %q is neither %s nor %s", p.Dialect, dialectKernel, dialectOpen)
+	}
+	return errors.Join(errs...)
+}
+
+// runs lists the specs of the ladder in the order they are measured: for each size and test RDS first and
+// its baselines right after it, so that what drifts on the machine drifts for all.
+func (p params) runs() []spec {
+	var out []spec
+	for _, size := range p.Sizes {
+		for _, test := range p.Tests {
+			for _, tr := range append([]string{transportRDS}, p.Compare...) {
+				out = append(out, spec{
+					Transport: tr, Test: test, Size: size, Sockets: p.Sockets, Depth: p.Depth,
+					Bidir: p.Bidir && test == testThroughput, Verify: p.Verify, Seed: p.Seed,
+				})
+			}
+		}
+	}
+	return out
+}
+
+// A spec says what one run is. The client sends it to its server.
+type spec struct {
+	Transport string `json:"transport"`
+	Test      string `json:"test"`
+	Size      int    `json:"size"`
+	Sockets   int    `json:"sockets"`
+	Depth     int    `json:"depth"`
+	Bidir     bool   `json:"bidir"`
+	Verify    bool   `json:"verify"`
+	Seed      uint64 `json:"seed"`
+	Token     uint64 `json:"token"`
+}
+
+func (s spec) String() string {
+	return fmt.Sprintf("%s %s %s", s.Transport, formatSize(s.Size), s.Test)
+}
+
+// validate is the server's look at what a stranger asks for.
+func (s spec) validate() error {
+	p := params{
+		Sizes: []int{s.Size}, Tests: []string{s.Test}, Sockets: s.Sockets, Depth: s.Depth,
+		Duration: 1, Dialect: dialectOpen,
+	}
+	return p.validate()
+}
+
+// sizesValue is the flag value of --sizes.
+type sizesValue struct{ sizes *[]int }
+
+func (v sizesValue) Type() string { return "sizes" }
+
+func (v sizesValue) String() string {
+	if v.sizes == nil {
+		return ""
+	}
+	var out []string
+	for _, s := range *v.sizes {
+		out = append(out, strings.ReplaceAll(formatSize(s), " ", ""))
+	}
+	return strings.Join(out, ",")
+}
+
+func (v sizesValue) Set(s string) error {
+	var out []int
+	for _, f := range strings.Split(s, ",") {
+		n, err := parseSize(f)
+		if err != nil {
+			return err
+		}
+		out = append(out, n)
+	}
+	*v.sizes = out
+	return nil
+}
+
+// parseSize reads a number of bytes with an optional binary unit: 64, 64B, 4K, 4KiB, 1M, 1MiB.
+func parseSize(s string) (int, error) {
+	t := strings.ToLower(strings.TrimSpace(s))
+	shift := 0
+	for _, u := range []struct {
+		suffix string
+		shift  int
+	}{{"kib", 10}, {"mib", 20}, {"k", 10}, {"m", 20}, {"b", 0}} {
+		if strings.HasSuffix(t, u.suffix) {
+			t, shift = strings.TrimSuffix(t, u.suffix), u.shift
+			break
+		}
+	}
+	n, err := strconv.ParseUint(strings.TrimSpace(t), 10, 31)
+	if err != nil || n<<shift > maxMessageBytes {
+		return 0, fmt.Errorf("%q is not a size between 1 and 1MiB, like 64, 4KiB or 1MiB", s)
+	}
+	return int(n << shift), nil
+}
+
+// formatSize is parseSize's inverse for people.
+func formatSize(n int) string {
+	switch {
+	case n >= 1<<20 && n%(1<<20) == 0:
+		return fmt.Sprintf("%d MiB", n>>20)
+	case n >= 1<<10 && n%(1<<10) == 0:
+		return fmt.Sprintf("%d KiB", n>>10)
+	}
+	return fmt.Sprintf("%d B", n)
+}
+
+// compareValue is the flag value of --compare.
+type compareValue struct{ names *[]string }
+
+func (v compareValue) Type() string { return "names" }
+
+func (v compareValue) String() string {
+	if v.names == nil {
+		return ""
+	}
+	if len(*v.names) == 0 {
+		return "none"
+	}
+	return strings.Join(*v.names, ",")
+}
+
+func (v compareValue) Set(s string) error {
+	*v.names = nil
+	if s == "none" {
+		return nil
+	}
+	for _, f := range strings.Split(s, ",") {
+		if f != transportTCP && f != transportUDP {
+			return fmt.Errorf("%q is none of tcp, udp, none", f)
+		}
+		*v.names = append(*v.names, f)
+	}
+	return nil
+}

@@ -1,0 +1,511 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/HdrHistogram/hdrhistogram-go"
+)
+
+// Bounds of what a run waits for.
+const (
+	connectTimeout = 10 * time.Second // until every flow answered
+	drainTimeout   = 10 * time.Second // until what was sent has arrived, after the senders stopped
+	surplusWait    = 20 * time.Millisecond
+)
+
+// A side is one process's part in one run: the flows and the goroutines that load them. Client and server
+// use the same code; spec and active decide what the goroutines do:
+//
+//	                     active (client)              passive (server)
+//	throughput           send                         receive, count
+//	throughput, bidir    send; receive, count         send; receive, count
+//	rtt                  send, receive, time; repeat  receive, send; repeat
+//
+// Its life: newSide, connect, start, mark twice, stop, drain, close.
+//
+// A datagram without payload is never data. It is the flow's first, in both directions, which tells
+// that it works; and with a depth it is the receiver's word that another batch of datagrams has been taken.
+type side struct {
+	spec   spec
+	active bool
+	ep     endpoint
+	lanes  []*lane
+
+	stopping  atomic.Bool   // senders finish with the datagram they are at
+	measuring atomic.Bool   // between the two marks
+	closing   atomic.Bool   // errors of flows are ours from here on
+	stopped   chan struct{} // closed with stopping
+	failed    chan struct{} // closed at the first error
+	failOnce  sync.Once
+	err       error // valid once failed is closed
+
+	senders sync.WaitGroup // they end after stop
+	workers sync.WaitGroup // all goroutines; the others end after close
+}
+
+// A lane is a flow with what its goroutines own.
+type lane struct {
+	side  *side
+	index int
+	flow  flow
+	tx    stream
+	rx    stream
+
+	received atomic.Uint64 // data datagrams; one writer
+	sent     uint64        // written by the sender, read after it has ended
+
+	hist *hdrhistogram.Histogram // round-trip times in ns; the pinger's until it has ended
+
+	// With a depth only. batch datagrams make a credit.
+	batch   uint64
+	credits chan struct{} // credits that arrived, for the sender
+	owed    chan struct{} // credits to send, for the goroutine that sends them
+	sendMu  sync.Mutex    // flow.send has two users then
+}
+
+// newSide prepares a run over flows that connect will make. It takes ep over.
+func newSide(s spec, active bool, ep endpoint) *side {
+	return &side{spec: s, active: active, ep: ep, stopped: make(chan struct{}), failed: make(chan struct{})}
+}
+
+// connect makes the flows and sees that each carries a datagram there and back.
+func (s *side) connect(ctx context.Context, peers []netip.AddrPort) error {
+	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
+	defer cancel()
+	flows, err := s.ep.connect(ctx, peers)
+	if err != nil {
+		return err
+	}
+	if len(flows) != s.spec.Sockets {
+		return fmt.Errorf("%d flows instead of %d", len(flows), s.spec.Sockets)
+	}
+	for i, f := range flows {
+		l := &lane{
+			side: s, index: i, flow: f,
+			tx: newStream(s.spec.Seed, i, s.active),
+			rx: newStream(s.spec.Seed, i, !s.active),
+		}
+		if s.spec.Depth > 0 && s.spec.Test == testThroughput {
+			l.batch = uint64(max(1, s.spec.Depth/2))
+			l.credits = make(chan struct{}, s.spec.Depth+1)
+			l.owed = make(chan struct{}, s.spec.Depth+1)
+		}
+		if s.spec.Test == testRTT && s.active {
+			l.hist = hdrhistogram.New(1, int64(time.Minute), 3)
+		}
+		s.lanes = append(s.lanes, l)
+	}
+	return s.greet(ctx)
+}
+
+// greet exchanges an empty datagram on every flow.
+func (s *side) greet(ctx context.Context) error {
+	deadline, _ := ctx.Deadline()
+	for _, l := range s.lanes {
+		if err := l.flow.setDeadline(deadline); err != nil {
+			return err
+		}
+	}
+	// Blocked calls end when ctx does, not only at its deadline.
+	stop := context.AfterFunc(ctx, func() {
+		for _, l := range s.lanes {
+			_ = l.flow.setDeadline(time.Unix(1, 0))
+		}
+	})
+	defer stop()
+	for _, l := range s.lanes {
+		if err := l.greet(s.active); err != nil {
+			if ctx.Err() != nil {
+				err = ctx.Err()
+			}
+			return fmt.Errorf("flow %d: no datagram came through: %w", l.index, err)
+		}
+	}
+	if !stop() {
+		return ctx.Err()
+	}
+	for _, l := range s.lanes {
+		if err := l.flow.setDeadline(time.Time{}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (l *lane) greet(active bool) error {
+	buf := l.flow.buffer(l.side.spec.Size)
+	if active {
+		if err := l.flow.send(0, false); err != nil {
+			return err
+		}
+	}
+	n, err := l.flow.recv(buf)
+	if err != nil {
+		return err
+	}
+	if n != 0 {
+		return fmt.Errorf("%d bytes came before the greeting", n)
+	}
+	if !active {
+		return l.flow.send(0, false)
+	}
+	return nil
+}
+
+// start sets the load going. The passive side starts first.
+func (s *side) start() {
+	for _, l := range s.lanes {
+		if s.spec.Test == testRTT {
+			if s.active {
+				s.goSender(l.ping)
+			} else {
+				s.goWorker(l.pong)
+			}
+			continue
+		}
+		if s.active || s.spec.Bidir {
+			s.goSender(l.send)
+		}
+		if !s.active || s.spec.Bidir || l.batch > 0 {
+			s.goWorker(l.receive)
+		}
+		if l.batch > 0 {
+			s.goWorker(l.sendCredits)
+		}
+	}
+}
+
+func (s *side) goSender(f func() error) {
+	s.senders.Add(1)
+	s.goWorker(func() error {
+		defer s.senders.Done()
+		return f()
+	})
+}
+
+func (s *side) goWorker(f func() error) {
+	s.workers.Add(1)
+	go func() {
+		defer s.workers.Done()
+		if err := f(); err != nil && !s.closing.Load() {
+			s.fail(err)
+		}
+	}()
+}
+
+func (s *side) fail(err error) {
+	s.failOnce.Do(func() {
+		s.err = err
+		close(s.failed)
+	})
+}
+
+// failure is the first error of a worker, nil so far.
+func (s *side) failure() error {
+	select {
+	case <-s.failed:
+		return s.err
+	default:
+		return nil
+	}
+}
+
+func (l *lane) wrap(err error) error {
+	return fmt.Errorf("%v: socket %d: %w", l.side.spec, l.index, err)
+}
+
+// send is the sender's loop of a throughput run.
+func (l *lane) send() error {
+	s := l.side
+	size := s.spec.Size
+	buf := l.flow.buffer(size)
+	l.tx.fill(buf, 0)
+	room := uint64(math.MaxUint64)
+	if l.batch > 0 {
+		room = uint64(s.spec.Depth)
+	}
+	for seq := uint64(0); ; seq++ {
+		for room == 0 {
+			select {
+			case <-l.credits:
+				room += l.batch
+			case <-s.stopped:
+				l.sent = seq
+				return nil
+			}
+		}
+		room--
+		if s.spec.Verify {
+			l.tx.fill(buf, seq)
+		}
+		last := s.stopping.Load()
+		if err := l.sendOne(size, !last && room > 0); err != nil {
+			l.sent = seq
+			return l.wrap(err)
+		}
+		if last {
+			l.sent = seq + 1
+			return nil
+		}
+	}
+}
+
+func (l *lane) sendOne(n int, more bool) error {
+	if l.batch > 0 {
+		l.sendMu.Lock()
+		defer l.sendMu.Unlock()
+	}
+	return l.flow.send(n, more)
+}
+
+// receive is the receiver's loop of a throughput run.
+func (l *lane) receive() error {
+	s := l.side
+	buf := make([]byte, s.spec.Size+1)
+	for seq := uint64(0); ; {
+		n, err := l.flow.recv(buf)
+		if err != nil {
+			return l.wrap(err)
+		}
+		if n == 0 && l.batch > 0 {
+			select {
+			case l.credits <- struct{}{}:
+			default:
+				return l.wrap(errors.New("more credits than datagrams in flight"))
+			}
+			continue
+		}
+		if err := l.check(buf[:n], seq); err != nil {
+			return err
+		}
+		seq++
+		l.received.Store(seq)
+		if l.batch > 0 && seq%l.batch == 0 {
+			// A sender within its depth cannot fill the channel.
+			select {
+			case l.owed <- struct{}{}:
+			default:
+				return l.wrap(errors.New("more datagrams than the depth allows"))
+			}
+		}
+	}
+}
+
+// sendCredits is apart from receive, which would not receive while the transport has no room.
+func (l *lane) sendCredits() error {
+	for {
+		select {
+		case <-l.owed:
+			if err := l.sendOne(0, false); err != nil {
+				return l.wrap(err)
+			}
+		case <-l.side.failed:
+			return nil
+		case <-l.side.stopped:
+			return nil
+		}
+	}
+}
+
+// check looks at a datagram: at its length always, at its content and place with Verify.
+func (l *lane) check(p []byte, seq uint64) error {
+	if len(p) != l.side.spec.Size {
+		return l.wrap(&verifyError{fmt.Errorf("datagram %d has %d bytes instead of %d", seq, len(p), l.side.spec.Size)})
+	}
+	if l.side.spec.Verify {
+		if err := l.rx.check(p, seq); err != nil {
+			return l.wrap(&verifyError{err})
+		}
+	}
+	return nil
+}
+
+// A verifyError is a datagram that is not what was sent.
+type verifyError struct{ err error }
+
+func (e *verifyError) Error() string { return e.err.Error() }
+func (e *verifyError) Unwrap() error { return e.err }
+
+// ping measures round trips, one at a time.
+func (l *lane) ping() error {
+	s := l.side
+	out := l.flow.buffer(s.spec.Size)
+	l.tx.fill(out, 0)
+	in := make([]byte, s.spec.Size+1)
+	for seq := uint64(0); !s.stopping.Load(); {
+		if s.spec.Verify {
+			l.tx.fill(out, seq)
+		}
+		measuring := s.measuring.Load()
+		start := time.Now()
+		if err := l.flow.send(s.spec.Size, false); err != nil {
+			return l.wrap(err)
+		}
+		n, err := l.flow.recv(in)
+		if err != nil {
+			return l.wrap(err)
+		}
+		if measuring {
+			// Above the histogram's highest value is its highest value.
+			_ = l.hist.RecordValue(min(int64(time.Since(start)), int64(time.Minute)))
+		}
+		if err := l.check(in[:n], seq); err != nil {
+			return err
+		}
+		seq++
+		l.sent = seq
+		l.received.Store(seq)
+	}
+	return nil
+}
+
+// pong answers pings with datagrams of its own content.
+func (l *lane) pong() error {
+	s := l.side
+	out := l.flow.buffer(s.spec.Size)
+	l.tx.fill(out, 0)
+	in := make([]byte, s.spec.Size+1)
+	for seq := uint64(0); ; seq++ {
+		n, err := l.flow.recv(in)
+		if err != nil {
+			return l.wrap(err)
+		}
+		if err := l.check(in[:n], seq); err != nil {
+			return err
+		}
+		l.received.Store(seq + 1)
+		if s.spec.Verify {
+			l.tx.fill(out, seq)
+		}
+		if err := l.flow.send(s.spec.Size, false); err != nil {
+			return l.wrap(err)
+		}
+	}
+}
+
+// A snapshot is what a side has counted at a moment.
+type snapshot struct {
+	at       time.Time
+	messages uint64
+	cpu      time.Duration
+	counters counters
+}
+
+// mark takes a snapshot; measuring says whether the measured interval begins or ends with it.
+func (s *side) mark(measuring bool) snapshot {
+	sn := snapshot{at: time.Now(), cpu: cpuTime(), counters: s.ep.counters()}
+	for _, l := range s.lanes {
+		sn.messages += l.received.Load()
+	}
+	s.measuring.Store(measuring)
+	return sn
+}
+
+// A delta is the measured interval of one side: what the server tells its client.
+type delta struct {
+	Seconds     float64 `json:"seconds"`
+	Messages    uint64  `json:"messages"` // received; in an RTT run of the active side: round trips
+	CPUSeconds  float64 `json:"cpu_seconds"`
+	Retransmits uint64  `json:"retransmits"`
+	Drops       uint64  `json:"drops"`
+}
+
+func (sn snapshot) since(start snapshot) delta {
+	return delta{
+		Seconds:     sn.at.Sub(start.at).Seconds(),
+		Messages:    sn.messages - start.messages,
+		CPUSeconds:  (sn.cpu - start.cpu).Seconds(),
+		Retransmits: sn.counters.retransmits - start.counters.retransmits,
+		Drops:       sn.counters.drops - start.counters.drops,
+	}
+}
+
+// stop ends the senders and returns how many datagrams each flow has sent. It waits for those on
+// their way into a full transport, but not for ever.
+func (s *side) stop() ([]uint64, error) {
+	if s.stopping.CompareAndSwap(false, true) {
+		close(s.stopped)
+	}
+	done := make(chan struct{})
+	go func() {
+		s.senders.Wait()
+		close(done)
+	}()
+	timeout := time.NewTimer(drainTimeout)
+	defer timeout.Stop()
+	select {
+	case <-done:
+	case <-timeout.C:
+		return nil, fmt.Errorf("%v: a send did not return within %v", s.spec, drainTimeout)
+	}
+	sent := make([]uint64, len(s.lanes))
+	for i, l := range s.lanes {
+		sent[i] = l.sent
+	}
+	return sent, s.failure()
+}
+
+// drain waits until every flow has received what its peer has sent, and a moment longer to see that nothing
+// more comes. sent is what the other side's stop returned.
+func (s *side) drain(sent []uint64) error {
+	if len(sent) != len(s.lanes) {
+		return fmt.Errorf("%v: counts of %d flows instead of %d", s.spec, len(sent), len(s.lanes))
+	}
+	if s.active && !s.spec.Bidir { // a pinger has seen every answer already
+		return s.failure()
+	}
+	deadline := time.Now().Add(drainTimeout)
+	for i, l := range s.lanes {
+		for l.received.Load() < sent[i] {
+			if err := s.failure(); err != nil {
+				return err
+			}
+			if time.Now().After(deadline) {
+				return l.wrap(&verifyError{fmt.Errorf("%d of %d datagrams arrived within %v", l.received.Load(), sent[i], drainTimeout)})
+			}
+			time.Sleep(time.Millisecond)
+		}
+	}
+	if s.spec.Verify {
+		time.Sleep(surplusWait)
+	}
+	for i, l := range s.lanes {
+		if n := l.received.Load(); n != sent[i] {
+			return l.wrap(&verifyError{fmt.Errorf("%d datagrams arrived of %d sent", n, sent[i])})
+		}
+	}
+	return s.failure()
+}
+
+// roundTrips is the merged histogram of an RTT run's active side, nil otherwise. After stop.
+func (s *side) roundTrips() *hdrhistogram.Histogram {
+	var all *hdrhistogram.Histogram
+	for _, l := range s.lanes {
+		switch {
+		case l.hist == nil:
+		case all == nil:
+			all = l.hist
+		default:
+			all.Merge(l.hist)
+		}
+	}
+	return all
+}
+
+// close ends everything that is left of the run.
+func (s *side) close() error {
+	s.closing.Store(true)
+	if s.stopping.CompareAndSwap(false, true) {
+		close(s.stopped)
+	}
+	err := s.ep.close()
+	s.workers.Wait()
+	return err
+}

@@ -1,0 +1,112 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"time"
+)
+
+// maxMessageBytes is the largest datagram: RDS's own limit, kept for the baselines too.
+const maxMessageBytes = 1 << 20
+
+// A transport opens one process's end of runs. The measuring code knows nothing else about RDS, TCP
+// and UDP. It lives as long as the session of a client with a server, its endpoints as long as a run.
+type transport interface {
+	// open makes ready for one run at cfg.local.
+	open(ctx context.Context, cfg endpointConfig) (endpoint, error)
+	close() error
+}
+
+// endpointConfig is what an endpoint needs to know of its run.
+type endpointConfig struct {
+	local  netip.Addr
+	flows  int
+	active bool   // the client's side
+	token  uint64 // the same on both sides, another for each run
+}
+
+// An endpoint is one process's end of a run: a number of flows to the same peer.
+type endpoint interface {
+	// addrs is where the peer reaches this endpoint: one address per flow, or a single one.
+	addrs() []netip.AddrPort
+	// connect returns the flows; flow i of one side is flow i of the other. peers is the other side's
+	// addrs. Both sides call it at the same time.
+	connect(ctx context.Context, peers []netip.AddrPort) ([]flow, error)
+	// counters are running totals of this side since open.
+	counters() counters
+	// close closes the flows too. Whoever is blocked in one returns with an error.
+	close() error
+}
+
+// counters are what a transport counted on one side.
+type counters struct {
+	retransmits uint64 // packets, segments or messages sent again
+	drops       uint64 // packets that arrived and were not accepted, or found no room
+}
+
+// A flow carries datagrams of up to maxMessageBytes to its peer flow and back: whole, in order,
+// once. One goroutine may send while another one receives.
+type flow interface {
+	// buffer returns memory for the payload of a datagram of up to size bytes. It is the flow's: every
+	// send takes its payload from there, which lets TCP put a header before it without a
+	// copy that a real user of TCP would not make.
+	buffer(size int) []byte
+	// send sends the first n bytes of buffer, blocking while the transport has no room. more says
+	// that another send follows at once, so this one may wait for it.
+	send(n int, more bool) error
+	// recv copies the next datagram to p and returns its length.
+	recv(p []byte) (int, error)
+	// setDeadline bounds sends and receives; the zero time takes the bound away.
+	setDeadline(t time.Time) error
+}
+
+// openTransport makes the transport called name for traffic of the local address.
+type openTransport func(name string, local netip.Addr, dialect string) (transport, error)
+
+// newTransport is the openTransport of the command.
+func newTransport(name string, local netip.Addr, dialect string) (transport, error) {
+	switch name {
+	case transportRDS:
+		return openRDS(local, dialect)
+	case transportTCP:
+		return tcpTransport{}, nil
+	case transportUDP:
+		return openUDP(local)
+	}
+	return nil, fmt.Errorf("unknown transport %q", name)
+}
+
+// transports are a session's transports, opened when first used.
+type transports struct {
+	openTransport openTransport
+	local         netip.Addr
+	dialect       string
+	opened        map[string]transport
+}
+
+func newTransports(open openTransport, local netip.Addr) *transports {
+	return &transports{openTransport: open, local: local, opened: make(map[string]transport)}
+}
+
+// endpoint opens one side's end of a run.
+func (t *transports) endpoint(ctx context.Context, s spec, active bool) (endpoint, error) {
+	tr := t.opened[s.Transport]
+	if tr == nil {
+		var err error
+		if tr, err = t.openTransport(s.Transport, t.local, t.dialect); err != nil {
+			return nil, err
+		}
+		t.opened[s.Transport] = tr
+	}
+	return tr.open(ctx, endpointConfig{local: t.local, flows: s.Sockets, active: active, token: s.Token})
+}
+
+func (t *transports) close() error {
+	var errs []error
+	for _, tr := range t.opened {
+		errs = append(errs, tr.close())
+	}
+	return errors.Join(errs...)
+}
