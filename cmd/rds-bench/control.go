@@ -40,10 +40,10 @@ const (
 const (
 	maxControlLineBytes = 256 << 10 // maxSockets addresses fit
 	helloTimeout        = 5 * time.Second
-	answerTimeout       = connectTimeout + drainTimeout + 5*time.Second
+	answerTimeout       = connectTimeout + 2*maxPatience + 5*time.Second
 )
 
-// DefaultControlPort is the TCP port of the control connection, the one rds-stress uses.
+// defaultControlPort is the TCP port of the control connection, the one rds-stress uses.
 const defaultControlPort = 4000
 
 type request struct {

@@ -111,6 +111,7 @@ func (p params) runs() []spec {
 				out = append(out, spec{
 					Transport: tr, Test: test, Size: size, Sockets: p.Sockets, Depth: p.Depth,
 					Bidir: p.Bidir && test == testThroughput, Verify: p.Verify, Seed: p.Seed,
+					Patience: maxPatience,
 				})
 			}
 		}
@@ -129,6 +130,9 @@ type spec struct {
 	Verify    bool   `json:"verify"`
 	Seed      uint64 `json:"seed"`
 	Token     uint64 `json:"token"`
+
+	// Patience bounds how long either side waits, after the senders have stopped, for what is on its way.
+	Patience time.Duration `json:"patience_ns"`
 }
 
 func (s spec) String() string {
@@ -140,6 +144,9 @@ func (s spec) validate() error {
 	p := params{
 		Sizes: []int{s.Size}, Tests: []string{s.Test}, Sockets: s.Sockets, Depth: s.Depth,
 		Duration: 1, Dialect: dialectOpen,
+	}
+	if s.Patience < 0 || s.Patience > maxPatience {
+		return fmt.Errorf("patience of %v", s.Patience)
 	}
 	return p.validate()
 }

@@ -16,7 +16,7 @@ import (
 // Bounds of what a run waits for.
 const (
 	connectTimeout = 10 * time.Second // until every flow answered
-	drainTimeout   = 10 * time.Second // until what was sent has arrived, after the senders stopped
+	maxPatience    = 10 * time.Second // until what was sent has arrived, after the senders stopped
 	surplusWait    = 20 * time.Millisecond
 )
 
@@ -265,10 +265,12 @@ func (l *lane) sendOne(n int, more bool) error {
 	return l.flow.send(n, more)
 }
 
-// receive is the receiver's loop of a throughput run.
+// receive is the receiver's loop of a throughput run. After a datagram that is not what it should be it
+// goes on, so that senders end as always; the failure is kept.
 func (l *lane) receive() error {
 	s := l.side
 	buf := make([]byte, s.spec.Size+1)
+	sound := true
 	for seq := uint64(0); ; {
 		n, err := l.flow.recv(buf)
 		if err != nil {
@@ -282,8 +284,11 @@ func (l *lane) receive() error {
 			}
 			continue
 		}
-		if err := l.check(buf[:n], seq); err != nil {
-			return err
+		if sound {
+			if err := l.check(buf[:n], seq); err != nil {
+				s.fail(err)
+				sound = false
+			}
 		}
 		seq++
 		l.received.Store(seq)
@@ -306,8 +311,6 @@ func (l *lane) sendCredits() error {
 			if err := l.sendOne(0, false); err != nil {
 				return l.wrap(err)
 			}
-		case <-l.side.failed:
-			return nil
 		case <-l.side.stopped:
 			return nil
 		}
@@ -378,7 +381,7 @@ func (l *lane) pong() error {
 			return l.wrap(err)
 		}
 		if err := l.check(in[:n], seq); err != nil {
-			return err
+			s.fail(err)
 		}
 		l.received.Store(seq + 1)
 		if s.spec.Verify {
@@ -438,12 +441,12 @@ func (s *side) stop() ([]uint64, error) {
 		s.senders.Wait()
 		close(done)
 	}()
-	timeout := time.NewTimer(drainTimeout)
+	timeout := time.NewTimer(s.spec.Patience)
 	defer timeout.Stop()
 	select {
 	case <-done:
 	case <-timeout.C:
-		return nil, fmt.Errorf("%v: a send did not return within %v", s.spec, drainTimeout)
+		return nil, fmt.Errorf("%v: a send did not return within %v", s.spec, s.spec.Patience)
 	}
 	sent := make([]uint64, len(s.lanes))
 	for i, l := range s.lanes {
@@ -461,14 +464,14 @@ func (s *side) drain(sent []uint64) error {
 	if s.active && !s.spec.Bidir { // a pinger has seen every answer already
 		return s.failure()
 	}
-	deadline := time.Now().Add(drainTimeout)
+	deadline := time.Now().Add(s.spec.Patience)
 	for i, l := range s.lanes {
 		for l.received.Load() < sent[i] {
 			if err := s.failure(); err != nil {
 				return err
 			}
 			if time.Now().After(deadline) {
-				return l.wrap(&verifyError{fmt.Errorf("%d of %d datagrams arrived within %v", l.received.Load(), sent[i], drainTimeout)})
+				return l.wrap(&verifyError{fmt.Errorf("%d of %d datagrams arrived within %v", l.received.Load(), sent[i], s.spec.Patience)})
 			}
 			time.Sleep(time.Millisecond)
 		}

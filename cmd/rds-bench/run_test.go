@@ -1,0 +1,310 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/netip"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+)
+
+// serveLoopback runs a server in this process and returns its control address.
+func serveLoopback(t *testing.T, open openTransport) netip.AddrPort {
+	t.Helper()
+	ln, err := net.Listen("tcp", net.JoinHostPort(defaultServerAddr, "0"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- (&server{ln: ln, log: hclog.NewNullLogger(), open: open}).serve(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+	return ln.Addr().(*net.TCPAddr).AddrPort()
+}
+
+// connectClient connects a client to the server at control.
+func connectClient(t *testing.T, control netip.AddrPort, p params, open openTransport) *client {
+	t.Helper()
+	c, err := dialClient(t.Context(), control, netip.MustParseAddr(defaultClientAddr), p, open, noProgress{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := c.close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return c
+}
+
+// shortParams are parameters of a run that is over soon.
+func shortParams() params {
+	p := defaultParams()
+	p.Duration, p.Warmup, p.Verify = 50*time.Millisecond, 10*time.Millisecond, true
+	return p
+}
+
+func testSpec(transport, test string, size int) spec {
+	return spec{Transport: transport, Test: test, Size: size, Sockets: 1, Verify: true, Seed: 7, Patience: time.Second}
+}
+
+// testTransports are the transports that the machine under test can run.
+var testTransports = []string{transportTCP}
+
+func TestRuns(t *testing.T) {
+	for _, transport := range testTransports {
+		t.Run(transport, func(t *testing.T) {
+			c := connectClient(t, serveLoopback(t, newTransport), shortParams(), newTransport)
+			for _, tc := range []struct {
+				name string
+				edit func(*spec)
+			}{
+				{"one byte", func(s *spec) { s.Size = 1 }},
+				{"64 B", func(s *spec) {}},
+				{"odd size", func(s *spec) { s.Size = 4099 }},
+				{"1 MiB", func(s *spec) { s.Size = 1 << 20 }},
+				{"unchecked", func(s *spec) { s.Verify = false }},
+				{"four sockets", func(s *spec) { s.Sockets = 4 }},
+				{"both directions", func(s *spec) { s.Bidir = true }},
+				{"depth 1", func(s *spec) { s.Depth = 1 }},
+				{"depth 64, both directions, two sockets", func(s *spec) { s.Depth, s.Bidir, s.Sockets = 64, true, 2 }},
+				{"round trip", func(s *spec) { s.Test = testRTT }},
+				{"round trip, four sockets", func(s *spec) { s.Test, s.Sockets = testRTT, 4 }},
+			} {
+				t.Run(tc.name, func(t *testing.T) {
+					s := testSpec(transport, testThroughput, 64)
+					tc.edit(&s)
+					r, err := c.run(t.Context(), s)
+					if err != nil {
+						t.Fatal(err)
+					}
+					if r.MessagesPerSecond <= 0 || r.BytesPerSecond != r.MessagesPerSecond*float64(s.Size) {
+						t.Errorf("rates %v messages/s and %v bytes/s", r.MessagesPerSecond, r.BytesPerSecond)
+					}
+					if r.Verified != s.Verify {
+						t.Errorf("verified is %v, asked for %v", r.Verified, s.Verify)
+					}
+					if isRTT := s.Test == testRTT; isRTT != (r.RTTSeconds != nil) {
+						t.Fatalf("round-trip times are %v", r.RTTSeconds)
+					}
+					if p := r.RTTSeconds; p != nil && !(0 < p.P50 && p.P50 <= p.P99 && p.P99 <= p.P999) {
+						t.Errorf("percentiles %+v are not in order", *p)
+					}
+				})
+			}
+		})
+	}
+}
+
+// A depth bounds what is in flight: the receiver tells an error above it, so a passing run is half the test.
+// The other half is that a depth of one makes every datagram wait for the one before.
+func TestDepthLimitsFlight(t *testing.T) {
+	c := connectClient(t, serveLoopback(t, newTransport), shortParams(), newTransport)
+	free, err := c.run(t.Context(), testSpec(transportTCP, testThroughput, 64))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := testSpec(transportTCP, testThroughput, 64)
+	s.Depth = 1
+	one, err := c.run(t.Context(), s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if one.MessagesPerSecond >= free.MessagesPerSecond {
+		t.Errorf("%.0f messages/s with one in flight, %.0f with any number", one.MessagesPerSecond, free.MessagesPerSecond)
+	}
+}
+
+// A mangler sits between a flow's sender and its transport.
+type mangler func(f *mangledFlow, n int, more bool) error
+
+// mangledTransport lets mangle spoil the datagrams of payload that it sends.
+type mangledTransport struct {
+	transport
+	mangle mangler
+}
+
+func (t mangledTransport) open(ctx context.Context, cfg endpointConfig) (endpoint, error) {
+	ep, err := t.transport.open(ctx, cfg)
+	return mangledEndpoint{ep, t.mangle}, err
+}
+
+type mangledEndpoint struct {
+	endpoint
+	mangle mangler
+}
+
+func (e mangledEndpoint) connect(ctx context.Context, peers []netip.AddrPort) ([]flow, error) {
+	flows, err := e.endpoint.connect(ctx, peers)
+	for i := range flows {
+		flows[i] = &mangledFlow{flow: flows[i], mangle: e.mangle}
+	}
+	return flows, err
+}
+
+type mangledFlow struct {
+	flow
+	mangle mangler
+	buf    []byte
+	count  int    // datagrams of payload the sender has sent
+	kept   []byte // for mangle
+}
+
+func (f *mangledFlow) buffer(size int) []byte {
+	f.buf = f.flow.buffer(size)
+	return f.buf
+}
+
+func (f *mangledFlow) send(n int, more bool) error {
+	if n == 0 {
+		return f.flow.send(n, more)
+	}
+	defer func() { f.count++ }()
+	return f.mangle(f, n, more)
+}
+
+// spoiled is the number of the datagram that manglers spoil.
+const spoiled = 100
+
+func corruptOne(f *mangledFlow, n int, more bool) error {
+	if f.count == spoiled {
+		f.buf[n/2] ^= 0x10
+	}
+	return f.flow.send(n, more)
+}
+
+func dropOne(f *mangledFlow, n int, more bool) error {
+	if f.count == spoiled {
+		return nil
+	}
+	return f.flow.send(n, more)
+}
+
+func repeatOne(f *mangledFlow, n int, more bool) error {
+	if f.count == spoiled {
+		if err := f.flow.send(n, true); err != nil {
+			return err
+		}
+	}
+	return f.flow.send(n, more)
+}
+
+func swapOne(f *mangledFlow, n int, more bool) error {
+	switch f.count {
+	case spoiled:
+		f.kept = append([]byte(nil), f.buf[:n]...)
+		return nil
+	case spoiled + 1:
+		if err := f.flow.send(n, true); err != nil {
+			return err
+		}
+		copy(f.buf, f.kept)
+	}
+	return f.flow.send(n, more)
+}
+
+func truncateOne(f *mangledFlow, n int, more bool) error {
+	if f.count == spoiled {
+		n--
+	}
+	return f.flow.send(n, more)
+}
+
+func TestVerifyFails(t *testing.T) {
+	for _, tc := range []struct {
+		name   string
+		mangle mangler
+		want   string
+	}{
+		{"one corrupted", corruptOne, "datagram 100 differs from what was sent at byte 32 of 64"},
+		{"one dropped", dropOne, "datagram 101 came where 100 was due"},
+		{"one twice", repeatOne, "datagram 100 came again where 101 was due"},
+		{"one swapped with the next", swapOne, "datagram 101 came where 100 was due"},
+		{"one cut short", truncateOne, "datagram 100 has 63 bytes instead of 64"},
+	} {
+		var spoil atomic.Bool
+		mangled := func(name string, local netip.Addr, dialect string) (transport, error) {
+			tr, err := newTransport(name, local, dialect)
+			return mangledTransport{tr, func(f *mangledFlow, n int, more bool) error {
+				if !spoil.Load() {
+					return f.flow.send(n, more)
+				}
+				return tc.mangle(f, n, more)
+			}}, err
+		}
+		for _, side := range []string{"client", "server"} {
+			t.Run(tc.name+" by the "+side, func(t *testing.T) {
+				open := map[string]openTransport{"client": newTransport, "server": newTransport}
+				open[side] = mangled
+				c := connectClient(t, serveLoopback(t, open["server"]), shortParams(), open["client"])
+				s := testSpec(transportTCP, testThroughput, 64)
+				s.Bidir = side == "server" // the server sends only then
+				spoil.Store(true)
+				r, err := c.run(t.Context(), s)
+				var v *verifyError
+				if !errors.As(err, &v) {
+					t.Fatalf("error %v, want one of the check", err)
+				}
+				if !strings.Contains(err.Error(), tc.want) {
+					t.Errorf("error %q does not say %q", err, tc.want)
+				}
+				if r != nil && r.Verified {
+					t.Error("the result claims to be verified")
+				}
+				spoil.Store(false)
+				if _, err := c.run(t.Context(), s); err != nil {
+					t.Errorf("a sound run after the spoilt one: %v", err)
+				}
+			})
+		}
+	}
+}
+
+// The last datagram has none behind it that would give its loss away.
+func TestVerifyMissesLast(t *testing.T) {
+	var dropped atomic.Bool
+	dropLast := func(f *mangledFlow, n int, more bool) error {
+		if !more { // the one that the sender knows to be its last
+			dropped.Store(true)
+			return nil
+		}
+		return f.flow.send(n, more)
+	}
+	open := func(name string, local netip.Addr, dialect string) (transport, error) {
+		tr, err := newTransport(name, local, dialect)
+		return mangledTransport{tr, dropLast}, err
+	}
+	c := connectClient(t, serveLoopback(t, newTransport), shortParams(), open)
+	start := time.Now()
+	_, err := c.run(t.Context(), testSpec(transportTCP, testThroughput, 64))
+	var v *verifyError
+	if !dropped.Load() || !errors.As(err, &v) || !strings.Contains(err.Error(), "arrived within") {
+		t.Errorf("error %v after %v, dropped %v", err, time.Since(start), dropped.Load())
+	}
+}
+
+func TestInterrupt(t *testing.T) {
+	p := shortParams()
+	p.Duration = time.Hour
+	c := connectClient(t, serveLoopback(t, newTransport), p, newTransport)
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	specs := []spec{testSpec(transportTCP, testThroughput, 64), testSpec(transportTCP, testRTT, 64)}
+	results, err := c.measure(ctx, specs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(results) != 1 || results[0].MessagesPerSecond <= 0 || !results[0].Verified {
+		t.Errorf("results %+v, want the interrupted first run", results)
+	}
+}
