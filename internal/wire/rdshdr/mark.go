@@ -37,9 +37,10 @@ func (m *Mark) Put(b []byte) {
 	binary.BigEndian.PutUint32(b[20:], m.Flags)
 }
 
-// Parse reads a mark from the beginning of b and reports whether there was one. Incarnation 0 is none.
+// Parse reads a mark from the beginning of b and reports whether there was one; m is as before if not.
+// Incarnation 0 is none.
 func (m *Mark) Parse(b []byte) bool {
-	if len(b) < MarkLen || !isMagic(b) {
+	if len(b) < MarkLen || !isMagic(b) || binary.BigEndian.Uint64(b[4:]) == 0 {
 		return false
 	}
 	*m = Mark{
@@ -48,7 +49,7 @@ func (m *Mark) Parse(b []byte) bool {
 		Window:      binary.BigEndian.Uint32(b[16:]),
 		Flags:       binary.BigEndian.Uint32(b[20:]),
 	}
-	return m.Incarnation != 0
+	return true
 }
 
 // ParseSend reads a mark that is a SEND of its own: exactly MarkLen bytes.

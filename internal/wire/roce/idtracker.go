@@ -73,7 +73,7 @@ func (t *IDTracker) solved(id uint16, now time.Time) bool {
 		return true
 	case idTracking:
 		ahead := id - t.last
-		window := min(idWindow+now.Sub(t.at).Milliseconds(), 1<<16-idBehind)
+		window := min(idWindow+max(now.Sub(t.at).Milliseconds(), 0), 1<<16-idBehind)
 		switch {
 		case int64(ahead) < window:
 			t.last, t.at = id, now
