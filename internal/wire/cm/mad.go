@@ -206,15 +206,14 @@ func (h *CMAHeader) Decode(b []byte) error {
 	return nil
 }
 
-// Encode writes the header to b[:CMAHeaderLen]. Src and Dst are of one family; the destination
-// decides which.
+// Encode writes the header to b[:CMAHeaderLen]: the IPv4 form if both addresses are IPv4.
 func (h *CMAHeader) Encode(b []byte) {
 	b = b[:CMAHeaderLen]
 	clear(b)
 	put16(b[2:], h.SrcPort)
-	if h.Dst.Unmap().Is4() {
+	if s, d := h.Src.Unmap(), h.Dst.Unmap(); s.Is4() && d.Is4() {
 		b[1] = 4 << 4
-		src, dst := h.Src.Unmap().As4(), h.Dst.Unmap().As4()
+		src, dst := s.As4(), d.As4()
 		copy(b[16:], src[:])
 		copy(b[32:], dst[:])
 		return

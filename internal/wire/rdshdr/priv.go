@@ -45,11 +45,11 @@ func PrivLen(v6 bool) int {
 	return PrivLen4
 }
 
-// Encode writes p to b, in the layout of its destination address, zero-padded, and returns the length:
-// PrivLen4 or PrivLen6. It does not touch b beyond that. The addresses are of one family.
+// Encode writes p to b, in the IPv4 layout if both addresses are IPv4, zero-padded, and returns the
+// length: PrivLen4 or PrivLen6. It does not touch b beyond that.
 func (p *ConnPriv) Encode(b []byte) int {
-	if p.DAddr.Unmap().Is4() {
-		s, d := p.SAddr.Unmap().As4(), p.DAddr.Unmap().As4()
+	if src, dst := p.SAddr.Unmap(), p.DAddr.Unmap(); src.Is4() && dst.Is4() {
+		s, d := src.As4(), dst.As4()
 		b = b[:PrivLen4]
 		copy(b, s[:])
 		copy(b[4:], d[:])

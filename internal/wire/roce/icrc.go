@@ -142,17 +142,18 @@ type Flow struct {
 	v4   bool
 }
 
-// NewFlow is the flow of packets from src to dst. IPv4-mapped addresses are IPv4. Both must be of
-// one family; zones do not matter.
+// NewFlow is the flow of packets from src to dst: IPv4 if both addresses are IPv4, or mapped IPv4.
+// Zones do not matter.
 //
 // The packets are taken to have an IPv4 header of 20 bytes with DF set, offset 0 and identification 0
 // (see IDDelta).
 func NewFlow(src, dst netip.AddrPort) Flow {
 	var hdr [40 + 8]byte
 	b := hdr[:]
-	f := Flow{v4: src.Addr().Unmap().Is4(), lens: &tables.len6}
+	s4, d4 := src.Addr().Unmap(), dst.Addr().Unmap()
+	f := Flow{v4: s4.Is4() && d4.Is4(), lens: &tables.len6}
 	if f.v4 {
-		s, d := src.Addr().Unmap().As4(), dst.Addr().Unmap().As4()
+		s, d := s4.As4(), d4.As4()
 		b = hdr[:20+8]
 		copy(b, []byte{
 			0x45, 0xFF, 0, 0, // version, IHL; TOS masked; total length

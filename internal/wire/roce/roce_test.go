@@ -411,7 +411,7 @@ func TestPKey(t *testing.T) {
 }
 
 func TestParseAllocs(t *testing.T) {
-	_, _, udp := split(vectorV4)
+	_, _, udp := split(bytes.Clone(vectorV4))
 	var p Packet
 	if n := testing.AllocsPerRun(100, func() {
 		if Parse(udp, &p) != nil || p.RETH().Len() != 5 {
