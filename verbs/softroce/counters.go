@@ -1,0 +1,71 @@
+package softroce
+
+import "go.uber.org/atomic"
+
+// counter names one of a device's counters; counterNames gives the text that Stats reports.
+type counter int
+
+const (
+	cRxPackets counter = iota
+	cRxTrains
+	cRxBytes
+	cTxPackets
+	cTxTrains
+	cTxBytes
+	cRxMalformed     // shorter than its headers, wrong TVer, length not a multiple of 4
+	cRxNoQP          // no QP of that number, or not of that transport
+	cRxBadState      // QP not in a state that takes the packet
+	cRxBadSource     // not from the QP's peer address
+	cRxBadPKey       //
+	cRxBadQKey       // UD
+	cRxBadICRC       //
+	cRxBadDF         // IPv4 without DF
+	cRxICRCSolved    // accepted after solving for the IPv4 identification
+	cRxNoRecv        // UD without a receive request, or too long for it
+	cRxUnknownOp     //
+	cRxCNP           //
+	cRxSockDrops     // SO_RXQ_OVFL
+	cTxErrors        // the socket refused a train for good
+	cTxBlocked       // the socket was full
+	cDupRequests     //
+	cSeqNAKSent      //
+	cSeqNAKRecv      //
+	cRNRSent         //
+	cRNRRecv         //
+	cRetransmits     // request packets sent again
+	cTimeouts        // retransmission timer expired
+	cProbes          //
+	cImpliedNAK      // a response passed a READ or atomic whose data did not come
+	cRespOutOfRange  // response with a PSN that is not outstanding
+	cReadReplays     //
+	cAtomicReplays   //
+	cReadDeferred    // request dropped because a READ response was in progress
+	cCQOverflow      //
+	cAsyncDropped    //
+	cRemoteAccessErr // NAK 0x62 sent
+	cRemoteInvReq    // NAK 0x61 sent
+	cRemoteOpErr     // NAK 0x63 sent
+	cFlushed         //
+	cCMDropped       //
+	nCounters
+)
+
+var counterNames = [nCounters]string{
+	"rx_packets", "rx_trains", "rx_bytes", "tx_packets", "tx_trains", "tx_bytes",
+	"rx_malformed", "rx_no_qp", "rx_bad_state", "rx_bad_source", "rx_bad_pkey", "rx_bad_qkey", "rx_bad_icrc", "rx_bad_df",
+	"rx_icrc_solved", "rx_no_recv", "rx_unknown_opcode", "rx_cnp", "rx_socket_drops", "tx_errors", "tx_blocked",
+	"duplicate_requests", "seq_nak_sent", "seq_nak_received", "rnr_nak_sent", "rnr_nak_received", "retransmits", "timeouts", "probes",
+	"implied_nak", "response_out_of_range", "read_replays", "atomic_replays", "read_deferred", "cq_overflow", "async_events_dropped",
+	"remote_access_errors", "remote_invalid_requests", "remote_operation_errors", "flushed", "cm_dropped",
+}
+
+// counters of a device. Written by the holder of the engine role, read by anyone.
+type counters [nCounters]atomic.Uint64
+
+func (c *counters) add(i counter, n uint64) { c[i].Add(n) }
+
+func (c *counters) snapshot(m map[string]uint64) {
+	for i := range c {
+		m[counterNames[i]] = c[i].Load()
+	}
+}

@@ -1,0 +1,506 @@
+package softroce
+
+import (
+	"time"
+
+	"github.com/openrds/openrds/internal/psn"
+	"github.com/openrds/openrds/internal/wire/roce"
+	"github.com/openrds/openrds/verbs"
+)
+
+// requester is the sending half of a QP (rocev2 spec section 3). All of it belongs to the engine role.
+//
+//	   una            nxt            max
+//	    │   in flight  │  sent once   │  never sent
+//	────┴──────────────┴──────────────┴──────────▶ PSN
+//
+// A go-back sets nxt back; what lies between nxt and max is sent again with the PSNs it had. cur is
+// the request that owns nxt (or would).
+type requester struct {
+	una psn.PSN // oldest PSN not acknowledged
+	nxt psn.PSN // next PSN to send
+	max psn.PSN // next PSN never sent
+	cur uint32  // index of the send request nxt belongs to
+
+	rdOut     int  // READs and atomics sent (before nxt) and not complete
+	sinceAck  int  // packets sent since one asked for an acknowledgement
+	fresh     bool // nothing acknowledged since the last go-back
+	sqdNotify bool
+
+	// Flow: bytes of receive-buffer cost. cum is a running total over everything started.
+	cumNxt   uint64 // cost of all before nxt
+	cumUna   uint64 // cost of all before una
+	cumNew   uint64 // startCum of the next request to start
+	window   uint64 // bound on cumNxt-cumUna announced by the peer; 0: none announced
+	pktLimit int    // bound on nxt-una
+	cwnd     uint64
+	ssthresh uint64
+
+	// Loss.
+	deadline   time.Time // retransmission timer, zero when nothing is outstanding
+	stallSince time.Time // since when there was no progress
+	rto        time.Duration
+	srtt       time.Duration
+	rttvar     time.Duration
+	timedPSN   psn.PSN // acknowledgement of this PSN gives an RTT sample
+	timedAt    time.Time
+	probing    bool
+	backAt     time.Time // last go-back ...
+	backTo     psn.PSN   // ... and where to
+	rnrUntil   time.Time // no requests before
+	rnrLeft    uint8
+}
+
+const (
+	// A packet costs the receiver's socket buffer more than its bytes: struct sk_buff and the
+	// rounding of its data (skb->truesize). Seen for small datagrams: 768 bytes over the payload.
+	pktOverhead = 768
+	// kernelPackets is the PSN window towards a peer that announced no share of its buffer: what
+	// rxe uses itself (rocev2 spec 3.4).
+	kernelPackets = 128
+	ownPackets    = 2048
+	ackEvery      = 32 // packets without AckReq at most
+	// stepPackets bounds what one QP sends in one engine step, so that it delays others by no more
+	// than about a hundred microseconds.
+	stepPackets = 256
+)
+
+func (q *qp) setWindow(n int) {
+	q.window, q.pktLimit = uint64(n), kernelPackets
+	if n > 0 {
+		q.pktLimit = ownPackets
+	}
+}
+
+// runRequester sends what the window admits. It reports whether it stopped at its bound for one
+// step, with more to send. Engine role.
+func (d *device) runRequester(q *qp) (more bool) {
+	st := q.State()
+	if st != verbs.StateRTS && st != verbs.StateSQD {
+		return false
+	}
+	if q.typ == verbs.UD {
+		return d.sendUD(q)
+	}
+	if !q.rnrUntil.IsZero() || d.tx.blocked {
+		return false
+	}
+	for sent := 0; ; {
+		if q.cur == q.tail.Load() {
+			return false
+		}
+		if sent >= stepPackets {
+			return true
+		}
+		w := q.slot(q.cur)
+		if !w.started && !q.start(w, st) {
+			return false
+		}
+		if q.State() == verbs.StateErr { // start found the request bad
+			return false
+		}
+		n, stop := d.sendFrom(q, w, stepPackets-sent)
+		sent += n
+		if stop {
+			return false
+		}
+	}
+}
+
+// start assigns w its PSNs if it may begin now.
+func (q *qp) start(w *swqe, st verbs.QPState) bool {
+	if st == verbs.StateSQD {
+		return false // only what was begun is finished
+	}
+	if w.flags&verbs.SendFence != 0 && q.rdOut > 0 {
+		return false
+	}
+	if w.isReadLike() {
+		if q.attr.MaxRDAtomic == 0 {
+			if q.head.Load() == q.cur { // earlier requests finish first
+				q.fail(w, verbs.WCLocQPOpErr)
+			}
+			return false
+		}
+		if q.rdOut >= int(q.attr.MaxRDAtomic) {
+			return false
+		}
+	}
+	if w.bad || !usable(w.sgs, w.isReadLike()) {
+		if q.head.Load() == q.cur {
+			q.fail(w, verbs.WCLocProtErr)
+		}
+		return false
+	}
+	w.started = true
+	w.first = q.max
+	w.npkts = 1
+	w.cost = pktOverhead
+	if w.op != verbs.OpCompareSwap && w.op != verbs.OpFetchAdd {
+		w.npkts = max(1, (int(w.total)+q.pmtu-1)/q.pmtu)
+		if w.op != verbs.OpRead {
+			w.cost = uint64(w.total) + uint64(w.npkts)*pktOverhead
+		}
+	}
+	w.startCum = q.cumNew
+	q.cumNew += w.cost
+	w.got, w.asked = w.first, w.first
+	return true
+}
+
+// cumAt is the cost of everything before PSN p of the started request w.
+func (q *qp) cumAt(w *swqe, p psn.PSN) uint64 {
+	k := p.Sub(w.first)
+	if k <= 0 {
+		return w.startCum
+	}
+	if k >= w.npkts {
+		return w.startCum + w.cost
+	}
+	if w.isReadLike() {
+		return w.startCum + w.cost // the one request packet has been sent
+	}
+	return w.startCum + uint64(k)*uint64(q.pmtu+pktOverhead)
+}
+
+// sendFrom sends packets of w from q.nxt on, at most limit. stop: the window is closed.
+func (d *device) sendFrom(q *qp, w *swqe, limit int) (sent int, stop bool) {
+	wnd := q.cwnd
+	if q.window > 0 {
+		wnd = min(wnd, q.window)
+	}
+	k := q.nxt.Sub(w.first)
+	resend := q.nxt.Less(q.max)
+	for ; k < w.npkts && sent < limit; k++ {
+		// One message at least is always allowed, else a window smaller than a packet would stop us.
+		inflight := q.cumNxt - q.cumUna
+		if q.nxt != q.una && (q.nxt.Sub(q.una) >= q.pktLimit || inflight >= wnd) {
+			d.lastAckReq(q)
+			return sent, true
+		}
+		step := 1
+		if w.op == verbs.OpRead {
+			step = w.npkts - k
+		}
+		last := k+step == w.npkts
+		q.sinceAck++
+		nextCum := q.cumAt(w, q.nxt.Add(step))
+		ack := last || q.sinceAck >= ackEvery || nextCum-q.cumUna >= wnd || q.nxt.Add(step).Sub(q.una) >= q.pktLimit
+		if ack {
+			q.sinceAck = 0
+		}
+		d.emitRequest(q, w, k, ack)
+		if resend {
+			d.stats.add(cRetransmits, 1)
+		}
+		if w.isReadLike() && !w.out {
+			w.out = true
+			q.rdOut++
+		}
+		if w.op == verbs.OpRead {
+			w.asked = q.nxt
+		}
+		if q.timedAt.IsZero() && ack && !resend && w.op != verbs.OpRead {
+			q.timedPSN, q.timedAt = q.nxt, d.now
+		}
+		q.nxt = q.nxt.Add(step)
+		q.cumNxt = nextCum
+		if q.max.Less(q.nxt) {
+			q.max = q.nxt
+		}
+		resend = q.nxt.Less(q.max)
+		sent++
+		if step > 1 {
+			k += step - 1
+		}
+	}
+	if q.deadline.IsZero() && sent > 0 {
+		q.armRTO()
+	}
+	if k >= w.npkts {
+		q.cur++
+	}
+	return sent, false
+}
+
+// lastAckReq is called when the window closes: the packet before asked for an acknowledgement, since
+// sendFrom looks one packet ahead. It only keeps the timer running.
+func (d *device) lastAckReq(q *qp) {
+	if q.deadline.IsZero() {
+		q.armRTO()
+	}
+}
+
+// emitRequest sends packet k of w.
+func (d *device) emitRequest(q *qp, w *swqe, k int, ack bool) {
+	p := w.first.Add(k)
+	off := uint32(k * q.pmtu)
+	var b pktBuilder
+	switch w.op {
+	case verbs.OpRead:
+		rem := w.total - min(off, w.total)
+		b.begin(d, q, roce.RCReadRequest, roce.BTHLen+roce.RETHLen, 0)
+		roce.PutRETH(b.hdr[roce.BTHLen:], w.raddr+uint64(off), w.rkey, rem)
+		b.finish(d, q, roce.RCReadRequest, false, true, q.attr.DestQPN, p, nil, 0)
+		return
+	case verbs.OpCompareSwap, verbs.OpFetchAdd:
+		op, a, c := roce.RCFetchAdd, w.cmp, uint64(0)
+		if w.op == verbs.OpCompareSwap {
+			op, a, c = roce.RCCmpSwap, w.swap, w.cmp
+		}
+		b.begin(d, q, op, roce.BTHLen+roce.AtomicETHLen, 0)
+		roce.PutAtomicETH(b.hdr[roce.BTHLen:], w.raddr, w.rkey, a, c)
+		b.finish(d, q, op, false, true, q.attr.DestQPN, p, nil, 0)
+		return
+	}
+	n := min(uint32(q.pmtu), w.total-off)
+	first, last := k == 0, k == w.npkts-1
+	op := requestOpcode(w.op, first, last)
+	b.begin(d, q, op, op.Info().HdrLen, int(n))
+	x := b.hdr[roce.BTHLen:]
+	if op.Info().Flags&roce.FlagRETH != 0 {
+		roce.PutRETH(x, w.raddr, w.rkey, w.total)
+		x = x[roce.RETHLen:]
+	}
+	if last {
+		switch w.op {
+		case verbs.OpSendWithImm, verbs.OpWriteWithImm:
+			putU32(x, w.imm)
+		case verbs.OpSendWithInv:
+			putU32(x, w.rkey)
+		}
+	}
+	se := last && w.flags&verbs.SendSolicited != 0 && w.op != verbs.OpWrite
+	b.finish(d, q, op, se, ack, q.attr.DestQPN, p, w.sgs, off)
+}
+
+func putU32(b []byte, v uint32) {
+	b[0], b[1], b[2], b[3] = byte(v>>24), byte(v>>16), byte(v>>8), byte(v)
+}
+
+func requestOpcode(op verbs.SendOpcode, first, last bool) roce.Opcode {
+	write := op == verbs.OpWrite || op == verbs.OpWriteWithImm
+	switch {
+	case first && !last && write:
+		return roce.RCWriteFirst
+	case first && !last:
+		return roce.RCSendFirst
+	case !first && !last && write:
+		return roce.RCWriteMiddle
+	case !first && !last:
+		return roce.RCSendMiddle
+	}
+	switch op {
+	case verbs.OpSend:
+		return pick(first, roce.RCSendOnly, roce.RCSendLast)
+	case verbs.OpSendWithImm:
+		return pick(first, roce.RCSendOnlyImm, roce.RCSendLastImm)
+	case verbs.OpSendWithInv:
+		return pick(first, roce.RCSendOnlyInv, roce.RCSendLastInv)
+	case verbs.OpWriteWithImm:
+		return pick(first, roce.RCWriteOnlyImm, roce.RCWriteLastImm)
+	}
+	return pick(first, roce.RCWriteOnly, roce.RCWriteLast)
+}
+
+func pick(only bool, a, b roce.Opcode) roce.Opcode {
+	if only {
+		return a
+	}
+	return b
+}
+
+// goBack makes the requester continue from PSN p, una <= p < max. For a READ that is in the middle p
+// is the first missing response.
+func (d *device) goBack(q *qp, p psn.PSN, loss bool) {
+	q.nxt = p
+	q.rdOut = 0
+	h, t := q.head.Load(), q.tail.Load()
+	for q.cur = h; q.cur != t; q.cur++ {
+		w := q.slot(q.cur)
+		if !w.started {
+			break
+		}
+		if p.LessEq(w.last()) {
+			q.cumNxt = q.cumAt(w, p)
+			break
+		}
+		if w.out {
+			q.rdOut++
+		}
+	}
+	for i := q.cur; i != t && q.slot(i).started; i++ {
+		q.slot(i).out = false // to be sent again
+	}
+	q.sinceAck = 0
+	q.timedAt = time.Time{} // Karn: no sample from what was sent twice
+	q.backAt, q.backTo = d.now, p
+	q.probing = false
+	if loss {
+		// The window that lost halves, once per go-back.
+		q.ssthresh = max((q.cumNewest()-q.cumUna)/2, uint64(2*(q.pmtu+pktOverhead)))
+		q.cwnd = min(q.cwnd, q.ssthresh)
+	}
+	d.queueTX(q)
+}
+
+// cumNewest is the cost of everything before max.
+func (q *qp) cumNewest() uint64 { return q.cumNew }
+
+func (q *qp) armRTO() {
+	q.deadline = q.dev.now.Add(q.rto)
+	if q.stallSince.IsZero() {
+		q.stallSince = q.dev.now
+	}
+	q.dev.timers.add(q, q.deadline)
+}
+
+// progress is called when una has moved.
+func (q *qp) progress() {
+	d := q.dev
+	q.stallSince = time.Time{}
+	q.rnrLeft = q.attr.RNRRetry
+	if !q.timedAt.IsZero() && q.timedPSN.Less(q.una) {
+		q.sampleRTT(d.now.Sub(q.timedAt))
+		q.timedAt = time.Time{}
+	}
+	if q.una == q.max {
+		q.deadline = time.Time{}
+		q.probing = false
+		q.checkDrained()
+		return
+	}
+	q.stallSince = d.now
+	q.deadline = d.now.Add(q.rto) // its entry in the heap is lazily moved
+	d.timers.add(q, q.deadline)
+}
+
+func (q *qp) sampleRTT(r time.Duration) {
+	if q.srtt == 0 {
+		q.srtt, q.rttvar = r, r/2
+	} else {
+		diff := q.srtt - r
+		if diff < 0 {
+			diff = -diff
+		}
+		q.rttvar += (diff - q.rttvar) / 4
+		q.srtt += (r - q.srtt) / 8
+	}
+	q.rto = min(max(q.srtt+4*q.rttvar, minRTO), maxRTO)
+}
+
+// grow opens the congestion window for n bytes acknowledged without loss.
+func (q *qp) grow(n uint64) {
+	limit := q.window
+	if limit == 0 {
+		limit = kernelPackets * uint64(q.pmtu+pktOverhead)
+	}
+	if q.cwnd >= limit {
+		return
+	}
+	if q.cwnd < q.ssthresh {
+		q.cwnd += n
+	} else {
+		q.cwnd += max(1, uint64(q.pmtu)*n/q.cwnd)
+	}
+	q.cwnd = min(q.cwnd, limit)
+}
+
+// timeout is called by runTimers when the QP's deadline or RNR wait may have passed.
+func (d *device) timeout(q *qp) {
+	if q.State() != verbs.StateRTS && q.State() != verbs.StateSQD {
+		return
+	}
+	if !q.rnrUntil.IsZero() {
+		if d.now.Before(q.rnrUntil) {
+			d.timers.add(q, q.rnrUntil)
+			return
+		}
+		q.rnrUntil = time.Time{}
+		q.deadline = time.Time{}
+		d.goBack(q, q.una, false)
+		return
+	}
+	if q.deadline.IsZero() || q.una == q.max {
+		return
+	}
+	if d.now.Before(q.deadline) {
+		d.timers.add(q, q.deadline)
+		return
+	}
+	if g := d.giveUp(q); g > 0 && !q.stallSince.IsZero() && d.now.Sub(q.stallSince) >= g {
+		q.failHead(verbs.WCRetryExcErr)
+		return
+	}
+	d.stats.add(cTimeouts, 1)
+	q.rto = min(q.rto*2, maxRTO)
+	q.timedAt = time.Time{}
+	q.deadline = d.now.Add(q.rto)
+	d.timers.add(q, q.deadline)
+	d.probe(q)
+}
+
+// giveUp is how long a QP goes without progress before its oldest request fails.
+func (d *device) giveUp(q *qp) time.Duration {
+	t := verbs.AckTimeoutDuration(q.attr.Timeout)
+	if t == 0 {
+		return 0 // the attribute's "no timer": for ever, but probing
+	}
+	return max(t*time.Duration(q.attr.RetryCount+1), d.cfg.GiveUp)
+}
+
+// probe sends the oldest unacknowledged packet again, alone. If the peer has it, the duplicate is
+// acknowledged with all that arrived in order; if not, it is executed; in both cases
+// the answer tells from where to go on, and a lost tail costs one packet, not a window.
+func (d *device) probe(q *qp) {
+	h := q.head.Load()
+	if h == q.tail.Load() || !q.slot(h).started {
+		return
+	}
+	w := q.slot(h)
+	d.stats.add(cProbes, 1)
+	d.stats.add(cRetransmits, 1)
+	q.probing = true
+	p := q.una
+	if w.isReadLike() {
+		p = w.got
+		w.asked = p
+	}
+	k := p.Sub(w.first)
+	if k < 0 || k >= w.npkts {
+		k = 0
+	}
+	d.emitRequest(q, w, k, true)
+}
+
+// fail completes w, the oldest request, with a status and moves the QP to ERR.
+func (q *qp) fail(w *swqe, s verbs.WCStatus) {
+	h := q.head.Load()
+	wc := verbs.WC{ID: w.id, Status: s, QPN: verbs.QPN(q.num)}
+	q.dev.tx.dropQP(q)
+	q.freeSend(h, w)
+	q.complete(q.scq, &wc, false)
+	q.enterErr()
+}
+
+func (q *qp) failHead(s verbs.WCStatus) {
+	if h := q.head.Load(); h != q.tail.Load() {
+		q.fail(q.slot(h), s)
+	} else {
+		q.enterErr()
+	}
+}
+
+// checkDrained raises SQ_DRAINED when the send queue has come to rest in SQD.
+func (q *qp) checkDrained() {
+	if q.State() != verbs.StateSQD || q.una != q.max {
+		return
+	}
+	if h := q.cur; h != q.tail.Load() && q.slot(h).started {
+		return // a message is still to be finished
+	}
+	if q.sqdNotify {
+		q.sqdNotify = false
+		q.dev.async(verbs.AsyncEvent{Type: verbs.EventSQDrained, QP: q})
+	}
+}
