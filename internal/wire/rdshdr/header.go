@@ -81,20 +81,26 @@ func fold(s, c uint64) uint16 {
 	return uint16(s + s>>16)
 }
 
-// sum is the ones' complement sum of the header, with the bytes of mask in its fourth 64-bit word
-// taken as zero.
-func (h Header) sum(mask uint64) uint16 {
+// sum is the ones' complement sum of the header with w3 for its fourth 64-bit word, the one that has
+// the checksum in its low 16 bits.
+func (h Header) sum(w3 uint64) uint16 {
 	_ = h[HeaderLen-1]
 	s, c := bits.Add64(binary.BigEndian.Uint64(h), binary.BigEndian.Uint64(h[8:]), 0)
 	s, c = bits.Add64(s, binary.BigEndian.Uint64(h[16:]), c)
-	s, c = bits.Add64(s, binary.BigEndian.Uint64(h[24:])&^mask, c)
+	s, c = bits.Add64(s, w3, c)
 	s, c = bits.Add64(s, binary.BigEndian.Uint64(h[32:]), c)
 	s, c = bits.Add64(s, binary.BigEndian.Uint64(h[40:]), c)
 	return fold(s, c)
 }
 
 // Seal sets the checksum after other bytes of the header were changed.
-func (h Header) Seal() { binary.BigEndian.PutUint16(h[csumOff:], ^h.sum(0xFFFF)) }
+//
+// It sums all anew: patching (RFC 1624) saves a nanosecond and confuses the two zeroes of the sum.
+// The whole word is stored, so that a load of it soon after need not wait for two stores.
+func (h Header) Seal() {
+	w3 := binary.BigEndian.Uint64(h[24:]) &^ 0xFFFF
+	binary.BigEndian.PutUint64(h[24:], w3|uint64(^h.sum(w3)))
+}
 
 // SetAck replaces the ack of a header and its checksum.
 func (h Header) SetAck(ack uint64) {
@@ -112,5 +118,5 @@ func Valid(b []byte) bool {
 		return false
 	}
 	h := Header(b)
-	return h.sum(0) == 0xFFFF || h.Checksum() == 0
+	return h.sum(binary.BigEndian.Uint64(h[24:])) == 0xFFFF || h.Checksum() == 0
 }
