@@ -634,6 +634,7 @@ func (d *device) holdersOf(m *mr) []string {
 // Sender constants that are not attributes.
 const (
 	initialWindow = 128 << 10
+	minWindow     = 32 << 10 // a handful of full packets: enough to see a NAK rather than a timeout
 	initialRTO    = 200 * time.Millisecond
 	minRTO        = 100 * time.Millisecond
 	maxRTO        = 2 * time.Second

@@ -338,7 +338,7 @@ func (d *device) goBack(q *qp, p psn.PSN, loss bool) {
 	q.probing = false
 	if loss {
 		// The window that lost halves, once per go-back.
-		q.ssthresh = max((q.cumNewest()-q.cumUna)/2, uint64(2*(q.pmtu+pktOverhead)))
+		q.ssthresh = max((q.cumNewest()-q.cumUna)/2, minWindow)
 		q.cwnd = min(q.cwnd, q.ssthresh)
 	}
 	d.queueTX(q)
