@@ -23,9 +23,6 @@ func (p PSN) Add(n int) PSN { return PSN((uint32(p) + uint32(n)) & mask) }
 // the space apart are each behind the other (-2^23), so neither end of a window may be that wide.
 func (p PSN) Sub(q PSN) int { return int(int32(uint32(p-q)<<(32-Bits)) >> (32 - Bits)) }
 
-// Diff is Sub.
-func (p PSN) Diff(q PSN) int { return p.Sub(q) }
-
 // Less reports whether p comes before q.
 func (p PSN) Less(q PSN) bool { return p.Sub(q) < 0 }
 

@@ -55,9 +55,6 @@ func TestProperties(t *testing.T) {
 		if got := q.Sub(p); got != n {
 			t.Fatalf("(%d + %d) - %d = %d", p, n, p, got)
 		}
-		if q.Diff(p) != q.Sub(p) {
-			t.Fatal("Diff is not Sub")
-		}
 		if p.Less(q) != (n > 0) && n != -Space/2 {
 			t.Fatalf("%d < %d is %v", p, q, p.Less(q))
 		}

@@ -198,7 +198,7 @@ func MTUBytes(code uint8) int {
 // both ends of a link choose alike: 1500 gives 1024 bytes, 9000 gives 4096.
 func PathMTU(ifMTU int) uint8 {
 	for code := uint8(MaxMTUCode); code >= MinMTUCode; code-- {
-		if MTUBytes(code) <= ifMTU-96 {
+		if MTUBytes(code)+96 <= ifMTU {
 			return code
 		}
 	}
