@@ -235,8 +235,8 @@ func (c *Chunk) Bytes() []byte { return c.mem }
 // Region is the region the chunk lies in.
 func (c *Chunk) Region() *Region { return c.region }
 
-// Off is the chunk's offset in its region, in bytes.
-func (c *Chunk) Off() int { return c.off }
+// Offset is the chunk's offset in its region, in bytes.
+func (c *Chunk) Offset() int { return c.off }
 
 // Refs is the number of references, for tests and reports.
 func (c *Chunk) Refs() int { return int(c.refs.Load()) }

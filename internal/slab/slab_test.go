@@ -34,7 +34,7 @@ func TestAllocSizes(t *testing.T) {
 			t.Fatalf("%d bytes: chunk of %d (cap %d), seen before: %v", n, len(b), cap(b), seen[&b[0]])
 		}
 		seen[&b[0]] = true
-		if r := c.Region(); s.Region(r.ID()) != r || &r.Bytes()[c.Off()] != &b[0] {
+		if r := c.Region(); s.Region(r.ID()) != r || &r.Bytes()[c.Offset()] != &b[0] {
 			t.Fatal("chunk is not where its region says")
 		}
 		all = append(all, c)
