@@ -139,7 +139,12 @@ func script(t *testing.T, f func(tc *testContext)) {
 }
 
 func newTestContext(t *testing.T, cfg Config) *testContext {
-	n := &scriptNet{}
+	tc := newTestContextOn(t, cfg, &scriptNet{})
+	synctest.Wait()
+	return tc
+}
+
+func newTestContextOn(t *testing.T, cfg Config, n *scriptNet) *testContext {
 	cfg.Network = n
 	d, err := New(cfg).OpenDevice(netip.MustParseAddr("10.0.0.1"))
 	if err != nil {
@@ -173,7 +178,6 @@ func newTestContext(t *testing.T, cfg Config) *testContext {
 			t.Fatal(err)
 		}
 	}
-	synctest.Wait()
 	return tc
 }
 
