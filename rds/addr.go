@@ -1,0 +1,149 @@
+package rds
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+)
+
+// Network is what [Addr.Network] says.
+const Network = "rds"
+
+// Port numbers with a meaning of their own (rds-protocol spec 1.1). The port space of an address is
+// independent of TCP's and UDP's.
+const (
+	// PingPort answers every datagram with an empty one from port 0. It is never bound.
+	PingPort = 0
+	// ProbePort is reserved for the handshake of multipath transports. It is never bound.
+	ProbePort = 1
+
+	firstUserPort = 2
+)
+
+// Addr is the address of a socket. It is comparable; the zero Addr is no address. IPv4 addresses
+// have one form only: an IPv4-mapped IPv6 address becomes IPv4.
+type Addr struct {
+	ap netip.AddrPort
+}
+
+// AddrFromAddrPort is the Addr of ap.
+func AddrFromAddrPort(ap netip.AddrPort) Addr { return Addr{unmap(ap)} }
+
+// ParseAddr parses "10.0.0.1:4000" or "[fd00::1]:4000".
+func ParseAddr(s string) (Addr, error) {
+	ap, err := netip.ParseAddrPort(s)
+	if err != nil {
+		return Addr{}, err
+	}
+	return AddrFromAddrPort(ap), nil
+}
+
+// MustParseAddr is ParseAddr for constants; it panics where ParseAddr fails.
+func MustParseAddr(s string) Addr {
+	a, err := ParseAddr(s)
+	if err != nil {
+		panic(err)
+	}
+	return a
+}
+
+// AddrPort is the address as a netip value.
+func (a Addr) AddrPort() netip.AddrPort { return a.ap }
+
+// IsValid reports whether a is an address at all.
+func (a Addr) IsValid() bool { return a.ap.IsValid() }
+
+// Network is "rds".
+func (a Addr) Network() string { return Network }
+
+// String is "10.0.0.1:4000", or "" for the zero Addr.
+func (a Addr) String() string {
+	if !a.IsValid() {
+		return ""
+	}
+	return a.ap.String()
+}
+
+// MarshalText is String's text.
+func (a Addr) MarshalText() ([]byte, error) { return []byte(a.String()), nil }
+
+// UnmarshalText is the inverse of MarshalText.
+func (a *Addr) UnmarshalText(text []byte) error {
+	if len(text) == 0 {
+		*a = Addr{}
+		return nil
+	}
+	v, err := ParseAddr(string(text))
+	if err == nil {
+		*a = v
+	}
+	return err
+}
+
+// unmap gives ap the only form in which the package compares addresses.
+func unmap(ap netip.AddrPort) netip.AddrPort {
+	if !ap.Addr().Is4In6() {
+		return ap
+	}
+	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
+}
+
+// toAddrPort takes Addr and whatever else knows its netip form (*net.UDPAddr, *net.TCPAddr).
+func toAddrPort(a net.Addr) (netip.AddrPort, error) {
+	switch a := a.(type) {
+	case nil:
+		return netip.AddrPort{}, ErrNotConnected
+	case Addr:
+		return a.ap, nil
+	case interface{ AddrPort() netip.AddrPort }:
+		return unmap(a.AddrPort()), nil
+	}
+	return netip.AddrPort{}, fmt.Errorf("%w: %T is not an address of this network", ErrInvalid, a)
+}
+
+var broadcast4 = netip.AddrFrom4([4]byte{255, 255, 255, 255})
+
+// checkUnicast refuses what neither bind nor connect nor send take (rds-protocol spec 1.2 to 1.4). a is unmapped.
+func checkUnicast(a netip.Addr) error {
+	switch {
+	case !a.IsValid():
+		return errors.New("no address")
+	case a.IsUnspecified():
+		return errors.New("wildcard address")
+	case a == broadcast4:
+		return errors.New("broadcast address")
+	case a.IsMulticast():
+		return errors.New("multicast address")
+	case a.Is6() && a.IsLinkLocalUnicast() && a.Zone() == "":
+		return errors.New("link-local address without a zone")
+	}
+	return nil
+}
+
+// checkBind is the part of bind's rules that needs no tables (rds-protocol spec 1.2). ap is unmapped.
+func checkBind(ap netip.AddrPort) error {
+	if err := checkUnicast(ap.Addr()); err != nil {
+		return fmt.Errorf("%w: %v", ErrInvalid, err)
+	}
+	if ap.Port() == ProbePort {
+		return fmt.Errorf("%w: port 1 is reserved", ErrInvalid)
+	}
+	return nil
+}
+
+// checkDest is the part of connect's and send's rules that needs no tables: a destination is a unicast address of
+// the socket's IP version, and link-local zones do not mix (rds-protocol spec 1.3, 1.4 steps 3, 6 and 7). to is
+// unmapped. Any port is legal: 0 is a ping.
+func checkDest(local, to netip.Addr) error {
+	if err := checkUnicast(to); err != nil {
+		return fmt.Errorf("%w: destination: %v", ErrInvalid, err)
+	}
+	if local.Is4() != to.Is4() {
+		return fmt.Errorf("%w: destination and socket are of different IP versions", ErrNotSupported)
+	}
+	if lz, tz := local.Zone(), to.Zone(); lz != "" && tz != "" && lz != tz {
+		return fmt.Errorf("%w: destination and socket are in different zones", ErrInvalid)
+	}
+	return nil
+}

@@ -1,0 +1,43 @@
+// Package rds is Reliable Datagram Sockets in userspace: one socket talks to every peer of a
+// cluster, and datagrams of up to 1 MiB arrive once, in order and whole.
+//
+//	svc, err := rds.Open(rds.Config{})
+//	sock, err := svc.ListenPacket(ctx, "10.0.0.1:4000")
+//	n, err := sock.WriteTo(p, addr)
+//	n, from, err := sock.ReadFrom(p)
+//
+// A [Service] owns the devices, the connections and the memory; several may live in one process and
+// share nothing. A [Socket] is a bound port. There are no connections to manage: all sockets of a
+// pair of hosts share one, which is made at the first datagram and made again whenever it breaks.
+//
+// # Guarantees
+//
+// Datagrams from one socket to one destination (address, port, type of service) arrive exactly
+// once, in the order of the calls, as long as both processes live. A write returns when the datagram is queued
+// here; it is never lost to a bad network or to a peer that is not there yet. A datagram for a port that nobody
+// bound, or whose socket closes before it is read, vanishes without a word to its sender, as
+// the RDS specification has it (rds-protocol spec 1.10); [Service.Stats] of the receiver counts it.
+//
+// A write blocks while the destination port is congested (its reader is slow) or the socket's send
+// buffer is full, until its deadline; the error then matches both [os.ErrDeadlineExceeded] and its
+// cause, [ErrCongested] or [ErrNoBufferSpace].
+//
+// # Concurrency
+//
+// Every method may be called from any goroutine. Close wakes everything that is blocked in its
+// socket. A deadline or a Close never waits for a reader or a writer.
+//
+// A goroutine that is about to wait first does the provider's work itself for a moment ("who waits,
+// works"): the Go scheduler may take milliseconds to start the goroutine that would otherwise do it.
+//
+// # Memory
+//
+// [Socket.ReadFromAddrPort] and [Socket.WriteToAddrPort] copy and do not allocate.
+// [Socket.Receive] lends the datagram until [Message.Release] and does not allocate either.
+// Everything that a peer or a forgotten Release can make grow is bounded by [Config].
+//
+// # Limitations
+//
+// Addresses are IP literals; names are not resolved. RDMA operations, cookies and notifications are
+// not there yet. An address of a host belongs to one Service.
+package rds

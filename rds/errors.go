@@ -1,0 +1,166 @@
+package rds
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"syscall"
+
+	"github.com/openrds/openrds/verbs"
+)
+
+// Conditions a caller acts on. Each matches, besides itself, the errno with which the kernel's RDS
+// reports it, where there is one.
+var (
+	// ErrClosed: the socket or the service was closed.
+	ErrClosed = net.ErrClosed
+	// ErrCongested: the destination port does not read fast enough (ENOBUFS).
+	ErrCongested error = &condition{"destination port is congested", syscall.ENOBUFS}
+	// ErrNoBufferSpace: the send buffer is full of unacknowledged datagrams (EAGAIN).
+	ErrNoBufferSpace error = &condition{"send buffer is full", syscall.EAGAIN}
+	// ErrMessageTooLong: more than 1 MiB or than the send buffer; nothing was sent (EMSGSIZE).
+	ErrMessageTooLong error = &condition{"message too long", syscall.EMSGSIZE}
+	// ErrAddrInUse: another socket has the port, or another owner the address (EADDRINUSE).
+	ErrAddrInUse error = &condition{"address in use", syscall.EADDRINUSE}
+	// ErrAddrNotAvailable: no device of this host owns the address (EADDRNOTAVAIL).
+	ErrAddrNotAvailable error = &condition{"address not available", syscall.EADDRNOTAVAIL}
+	// ErrNotConnected: no destination was given and the socket has no default one (ENOTCONN).
+	ErrNotConnected error = &condition{"no destination", syscall.ENOTCONN}
+	// ErrInvalid: an argument makes no sense here (EINVAL).
+	ErrInvalid error = &condition{"invalid argument", syscall.EINVAL}
+	// ErrNotSupported: what was asked for cannot be done here (EOPNOTSUPP).
+	ErrNotSupported error = &condition{"not supported", syscall.EOPNOTSUPP}
+)
+
+// condition is a sentinel that also matches an errno.
+type condition struct {
+	text  string
+	errno syscall.Errno
+}
+
+func (c *condition) Error() string { return c.text }
+
+func (c *condition) Is(target error) bool {
+	return target == c.errno || c == ErrNotSupported && target == verbs.ErrNotSupported
+}
+
+// OpError is the error of every operation of this package that concerns a socket or a bind. It is a
+// net.Error.
+type OpError struct {
+	Op    string // "bind", "connect", "read", "write", "set", "close"
+	Local Addr   // the socket, zero if there is none yet
+	Peer  Addr   // the destination of a write, the source of a read; zero if unknown
+	Err   error
+}
+
+func (e *OpError) Error() string {
+	s := "rds " + e.Op
+	if e.Local.IsValid() {
+		s += " " + e.Local.String()
+	}
+	if e.Peer.IsValid() {
+		if e.Local.IsValid() {
+			s += "->"
+		} else {
+			s += " "
+		}
+		s += e.Peer.String()
+	}
+	return s + ": " + e.Err.Error()
+}
+
+func (e *OpError) Unwrap() error { return e.Err }
+
+// Timeout reports whether the cause is an expired deadline.
+func (e *OpError) Timeout() bool {
+	t, ok := errors.AsType[interface {
+		error
+		Timeout() bool
+	}](e.Err)
+	return ok && t.Timeout()
+}
+
+// Temporary is false: what passes by itself is waited for, not reported.
+func (e *OpError) Temporary() bool { return false }
+
+// deadlineError is an expired deadline together with what the operation waited for.
+type deadlineError struct {
+	cause error // ErrCongested, ErrNoBufferSpace; nil for a read
+}
+
+// The three values there are: a deadline that expires allocates nothing but its OpError.
+var (
+	errDeadlineRead      = &deadlineError{}
+	errDeadlineCongested = &deadlineError{ErrCongested}
+	errDeadlineNoBuffer  = &deadlineError{ErrNoBufferSpace}
+)
+
+// deadlineFor is the error of a deadline that expired while waiting for cause.
+func deadlineFor(cause error) error {
+	switch cause {
+	case ErrCongested:
+		return errDeadlineCongested
+	case ErrNoBufferSpace:
+		return errDeadlineNoBuffer
+	}
+	return errDeadlineRead
+}
+
+func (e *deadlineError) Error() string {
+	if e.cause == nil {
+		return os.ErrDeadlineExceeded.Error()
+	}
+	return os.ErrDeadlineExceeded.Error() + ": " + e.cause.Error()
+}
+
+func (e *deadlineError) Timeout() bool   { return true }
+func (e *deadlineError) Temporary() bool { return false }
+
+func (e *deadlineError) Unwrap() []error {
+	if e.cause == nil {
+		return []error{os.ErrDeadlineExceeded}
+	}
+	return []error{os.ErrDeadlineExceeded, e.cause}
+}
+
+// ctxError is a done context together with what the operation waited for: it matches ctx.Err(), the
+// cause, and os.ErrDeadlineExceeded where the context's deadline was it.
+func ctxError(err, cause error) error {
+	switch {
+	case err == context.DeadlineExceeded:
+		return fmt.Errorf("%w: %w", err, deadlineFor(cause))
+	case cause != nil:
+		return fmt.Errorf("%w: %w", err, cause)
+	}
+	return err
+}
+
+// AbandonedError is what Service.Close returns when the time to linger was over before every
+// accepted message was acknowledged.
+type AbandonedError struct {
+	Messages int // messages of this service that no peer has acknowledged
+}
+
+func (e *AbandonedError) Error() string {
+	return fmt.Sprintf("rds close: %d unacknowledged messages abandoned", e.Messages)
+}
+
+// bindError gives a provider's refusal of a local address the names of this package.
+func bindError(err error) error {
+	switch {
+	case errors.Is(err, ErrAddrInUse), errors.Is(err, ErrAddrNotAvailable), errors.Is(err, ErrClosed):
+		return err
+	case errors.Is(err, syscall.EADDRINUSE):
+		return fmt.Errorf("%w: %w", ErrAddrInUse, err)
+	case errors.Is(err, syscall.EADDRNOTAVAIL), errors.Is(err, verbs.ErrNoSuchAddress):
+		return fmt.Errorf("%w: %w", ErrAddrNotAvailable, err)
+	}
+	return err
+}
+
+var (
+	_ net.Error = (*OpError)(nil)
+	_ net.Error = (*deadlineError)(nil)
+)

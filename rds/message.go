@@ -1,0 +1,327 @@
+package rds
+
+import (
+	"context"
+	"io"
+	"net"
+	"net/netip"
+	"time"
+)
+
+// Message is a datagram to send, or one that was received and is lent.
+type Message struct {
+	// Peer is the destination (zero: the socket's default one), or the sender.
+	Peer netip.AddrPort
+	// Data is the payload to send; nobody keeps it after Send has returned. In a received message
+	// it is set if the payload arrived in one piece; Bytes works always.
+	Data []byte
+	// TypeOfService of a message to send; 0 is the socket's.
+	TypeOfService uint8
+
+	// Of a received message.
+	length int
+	sock   *Socket // lender; nil once released
+	blk    *block  // holds Data, if not nil
+	ext    *extMsg // holds the pieces, if not nil
+}
+
+// Len is the length of the payload in bytes.
+func (m *Message) Len() int {
+	if m.sock == nil {
+		return len(m.Data)
+	}
+	return m.length
+}
+
+// Bytes is the payload in one slice. It copies once if the payload arrived in several pieces. Valid until Release.
+func (m *Message) Bytes() []byte {
+	if m.Data == nil && m.ext != nil {
+		m.Data = make([]byte, m.length)
+		m.ext.copyOut(m.Data)
+	}
+	return m.Data
+}
+
+// Buffers is the payload in the pieces in which it arrived, without copying. Valid until Release.
+func (m *Message) Buffers() net.Buffers {
+	if m.ext == nil {
+		return net.Buffers{m.Data}
+	}
+	bs := make(net.Buffers, len(m.ext.pieces))
+	for i := range m.ext.pieces {
+		bs[i] = m.ext.pieces[i].data
+	}
+	return bs
+}
+
+// Release gives a received message back. It must be called once, from any goroutine, also after the
+// socket was closed; neither m nor its payload may be used after it. It does nothing to a message
+// that was not received.
+func (m *Message) Release() {
+	s := m.sock
+	if s == nil {
+		return
+	}
+	if m.blk != nil {
+		s.svc.arena.putBlock(m.blk)
+	}
+	if m.ext != nil {
+		s.svc.arena.putExt(m.ext)
+	}
+	*m = Message{}
+	s.loans.Add(-1)
+	s.svc.msgs.Put(m)
+}
+
+// status is the outcome of one look at a receive queue.
+type status uint8
+
+const (
+	nothing  status = iota // to read
+	complete               // the datagram fitted
+	short                  // it did not
+)
+
+// tryRead copies the oldest datagram to p.
+func (s *Socket) tryRead(p []byte) (n int, from netip.AddrPort, st status) {
+	q := &s.q
+	q.readMu.Lock()
+	b := q.headLocked()
+	if b == nil {
+		q.readMu.Unlock()
+		return 0, from, nothing
+	}
+	r := b.head()
+	x := b.take(r)
+	if x == nil {
+		n = copy(p, b.buf[r.off:r.off+r.length])
+	} else {
+		n = min(len(p), r.length)
+	}
+	peer := s.svc.peerAt(r.peer)
+	q.countLocked(peer, r.length, n)
+	s.unlockRead()
+	if x != nil {
+		x.copyOut(p) // without the lock: it may be a megabyte
+		s.svc.arena.putExt(x)
+	}
+	st = complete
+	if n < r.length {
+		st = short
+		s.svc.ctr.recvShort.Add(1)
+	}
+	return n, netip.AddrPortFrom(peer.remote, r.port), st
+}
+
+// tryReceive lends the oldest datagram, nil if there is none.
+func (s *Socket) tryReceive() *Message {
+	q := &s.q
+	q.readMu.Lock()
+	b := q.headLocked()
+	if b == nil {
+		q.readMu.Unlock()
+		return nil
+	}
+	m, ok := s.svc.msgs.Get().(*Message)
+	if !ok {
+		m = new(Message)
+	}
+	r := b.head()
+	peer := s.svc.peerAt(r.peer)
+	m.sock, m.length, m.Peer = s, r.length, netip.AddrPortFrom(peer.remote, r.port)
+	if m.ext = b.take(r); m.ext != nil {
+		if len(m.ext.pieces) == 1 {
+			m.Data = m.ext.pieces[0].data
+		}
+	} else {
+		m.Data = s.lendLocked(m, b, b.buf[r.off:r.off+r.length:r.off+r.length])
+	}
+	q.countLocked(peer, r.length, 0)
+	s.loans.Add(1)
+	s.unlockRead()
+	return m
+}
+
+// lendLocked makes data, which lies in b, m's. A loan keeps the whole block, so when the socket's
+// loans keep as much as they may the message gets a copy of its own instead: a program that keeps messages pays
+// with its own heap, not with everybody's.
+func (s *Socket) lendLocked(m *Message, b *block, data []byte) []byte {
+	if b.lender == nil {
+		if s.lentBytes.Load()+blockSize > int64(s.svc.cfg.MaxLentBytes) {
+			s.svc.ctr.recvLoanCopied.Add(1)
+			return append(make([]byte, 0, len(data)), data...)
+		}
+		s.lentBytes.Add(blockSize)
+		b.lender = s
+	}
+	b.refs.Add(1)
+	m.blk = b
+	return data
+}
+
+// unlockRead ends a read: if the port is congested that may be over, and if there is more to read the next
+// reader may have it.
+func (s *Socket) unlockRead() {
+	q := &s.q
+	congested := q.congested.Load()
+	if congested {
+		q.flushLocked()
+	}
+	next := !q.readers.empty() && q.moreLocked()
+	q.readMu.Unlock()
+	if next {
+		q.readers.wakeOne()
+	}
+	if congested && s.relaxed(q.bytes.Load(), q.charge.Load()) {
+		s.updateCongestion()
+	}
+}
+
+// readErr is why a read may not begin or go on.
+func (s *Socket) readErr() error {
+	switch {
+	case s.closed.Load():
+		return ErrClosed
+	case s.rdl.expired.Load():
+		return errDeadlineRead
+	}
+	return nil
+}
+
+// reading is a read that found nothing.
+type reading struct {
+	s    *Socket
+	spin spinner
+	w    *waiter
+}
+
+// wait returns nil when there may be something to read now.
+func (r *reading) wait(ctx context.Context) error {
+	s := r.s
+	if err := ctx.Err(); err != nil {
+		return ctxError(err, nil)
+	}
+	if !r.spin.spun {
+		// What we wait for may be the answer to what we have not sent yet.
+		if d := s.last.Load(); d != nil {
+			d.link.Flush()
+		}
+	}
+	if r.spin.turn(s.svc.tr) {
+		return nil
+	}
+	if r.w == nil {
+		r.w = s.waiters.get()
+	}
+	if !s.q.park(r.w) {
+		return nil
+	}
+	if s.readErr() == nil {
+		from := time.Now()
+		await(ctx, r.w)
+		r.spin.parked(time.Since(from))
+	}
+	s.q.readers.remove(r.w)
+	return nil
+}
+
+// end ends the read. A wake that this reader got and did not use belongs to the next one.
+func (r *reading) end(got bool) {
+	s := r.s
+	if r.w != nil {
+		s.waiters.put(r.w)
+	}
+	if got {
+		r.spin.done()
+	} else {
+		s.q.readers.wakeOne()
+	}
+}
+
+// ReadFromAddrPort copies the next datagram to p and returns its length and its sender. It waits for one until the
+// read deadline. A datagram longer than p gives the first len(p) bytes, the sender, and an error
+// that matches io.ErrShortBuffer; the rest is gone.
+//
+// It does not allocate.
+func (s *Socket) ReadFromAddrPort(p []byte) (int, netip.AddrPort, error) {
+	if s.readErr() == nil {
+		if n, from, st := s.tryRead(p); st == complete {
+			return n, from, nil
+		} else if st == short {
+			return n, from, s.opError("read", from, io.ErrShortBuffer)
+		}
+	}
+	return s.readSlow(p)
+}
+
+func (s *Socket) readSlow(p []byte) (n int, from netip.AddrPort, err error) {
+	rd := reading{s: s, spin: spinner{hint: &s.readHint}}
+	var st status
+	for {
+		if err = s.readErr(); err != nil {
+			break
+		}
+		if n, from, st = s.tryRead(p); st != nothing {
+			break
+		}
+		if err = rd.wait(context.Background()); err != nil {
+			break
+		}
+	}
+	rd.end(err == nil)
+	if st == short {
+		err = io.ErrShortBuffer
+	}
+	if err != nil {
+		err = s.opError("read", from, err)
+	}
+	return n, from, err
+}
+
+// ReadFrom is ReadFromAddrPort with the sender as an Addr. It allocates only when the sender changes.
+func (s *Socket) ReadFrom(p []byte) (int, net.Addr, error) {
+	n, from, err := s.ReadFromAddrPort(p)
+	if !from.IsValid() {
+		return n, nil, err
+	}
+	c := s.lastFrom.Load()
+	if c == nil || c.ap != from {
+		c = &source{ap: from, addr: Addr{from}}
+		s.lastFrom.Store(c)
+	}
+	return n, c.addr, err
+}
+
+// Read is ReadFromAddrPort without the sender. It reads from everybody, connected or not.
+func (s *Socket) Read(p []byte) (int, error) {
+	n, _, err := s.ReadFromAddrPort(p)
+	return n, err
+}
+
+// Receive lends the next datagram, which the caller must Release. It waits for one until the read
+// deadline or until ctx is done, whichever is first; a datagram that is here already beats a done ctx.
+//
+// It does not allocate, unless the socket's loans keep more than Config.MaxLentBytes: the message then has a copy.
+func (s *Socket) Receive(ctx context.Context) (*Message, error) {
+	rd := reading{s: s, spin: spinner{hint: &s.readHint}}
+	var (
+		m   *Message
+		err error
+	)
+	for {
+		if err = s.readErr(); err != nil {
+			break
+		}
+		if m = s.tryReceive(); m != nil {
+			break
+		}
+		if err = rd.wait(ctx); err != nil {
+			break
+		}
+	}
+	rd.end(err == nil)
+	if err != nil {
+		return nil, s.opError("read", netip.AddrPort{}, err)
+	}
+	return m, nil
+}

@@ -1,0 +1,78 @@
+package rds
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"time"
+
+	"github.com/openrds/openrds/conn"
+	"github.com/openrds/openrds/ibdev"
+	"github.com/openrds/openrds/internal/epoch"
+	"github.com/openrds/openrds/internal/slab"
+	"github.com/openrds/openrds/verbs"
+	"github.com/openrds/openrds/verbs/softroce"
+)
+
+// stack is the transport of a Service: everything below the sockets, built here and taken down
+// here.
+type stack struct {
+	mgr    *conn.Manager
+	reg    *ibdev.Registry
+	slab   *slab.Slab
+	epoch  *epoch.Domain
+	linger time.Duration
+}
+
+func openTransport(cfg *Config, k conn.Sink) (transport, error) {
+	st := &stack{epoch: epoch.NewDomain()}
+	var err error
+	if st.slab, err = slab.New(slab.Config{Epoch: st.epoch}); err != nil {
+		return nil, errors.Join(err, st.epoch.Close())
+	}
+	providers := cfg.Providers
+	if len(providers) == 0 {
+		providers = []verbs.Provider{softroce.New(softroce.Config{
+			Network: cfg.Network, Port: cfg.UDPPort, Epoch: st.epoch, Logger: cfg.Logger.Named("softroce"),
+		})}
+	}
+	st.reg = ibdev.NewRegistry(ibdev.Config{
+		Providers: providers, Slab: st.slab, Epoch: st.epoch, Logger: cfg.Logger.Named("ibdev"),
+	})
+	cc := cfg.Conn
+	cc.Registry, cc.Slab, cc.Epoch, cc.Sink = st.reg, st.slab, st.epoch, k
+	cc.Logger, cc.Dialect = cfg.Logger.Named("conn"), cfg.Dialect
+	st.mgr = conn.NewManager(cc)
+	return st, nil
+}
+
+func (st *stack) Listen(local netip.Addr) error { return st.mgr.Listen(local) }
+
+func (st *stack) Get(local, remote netip.Addr, tos uint8) (link, error) {
+	c, err := st.mgr.Get(local, remote, tos)
+	if err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+func (st *stack) SetCongested(local netip.Addr, port uint16, on bool) {
+	st.mgr.SetCongested(local, port, on)
+}
+
+func (st *stack) Progress() bool { return st.mgr.Progress() }
+
+func (st *stack) Stats() TransportStats {
+	t := TransportStats{Conn: st.mgr.Stats(), Devices: make(map[string]map[string]uint64)}
+	for _, d := range st.reg.Devices() {
+		t.Devices[d.Name()] = d.Stats()
+	}
+	return t
+}
+
+// Close takes everything down in the order in which it was built, backwards. Each step ends what uses the next.
+func (st *stack) Close(ctx context.Context) (int, error) {
+	n, err := st.mgr.Close(ctx)
+	ctx = context.Background()
+	return n, errors.Join(err, st.reg.Close(ctx), st.epoch.Close(), st.slab.Close())
+}

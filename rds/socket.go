@@ -1,0 +1,293 @@
+package rds
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/openrds/openrds/conn"
+)
+
+// Socket is a bound port. It sends to and receives from every host. All methods may be called
+// from any goroutine.
+//
+// A Socket is a net.PacketConn, and once it has a default destination (Connect) a net.Conn as well.
+type Socket struct {
+	svc  *Service
+	la   *localAddr
+	port uint16
+	tos  atomic.Uint32
+
+	// What a write looks at.
+	closed atomic.Bool // decides
+	wdl    deadline
+	sndbuf atomic.Int64
+	last   atomic.Pointer[dest]    // of the latest write
+	dflt   atomic.Pointer[defDest] // Connect's
+
+	_ [cacheLine]byte
+
+	// snd is what peers have not acknowledged: messages << sndShift | payload bytes. Writers add,
+	// completion handlers subtract.
+	snd     atomic.Uint64
+	writers waitq // wait for room in snd
+
+	_ [cacheLine]byte
+
+	rdl      deadline
+	rcvbuf   atomic.Int64
+	q        recvq
+	congMu   sync.Mutex             // serialises our bit's changes; held across transport.SetCongested
+	lastFrom atomic.Pointer[source] // of the latest ReadFrom
+
+	_ [cacheLine]byte
+
+	others    waitq // writers that wait for something else: a peer's port (and in its congWait too), memory
+	waiters   waiterPool
+	readHint  spinHint
+	writeHint spinHint
+	loans     atomic.Int64 // messages lent
+	lentBytes atomic.Int64 // blocks kept by loans
+}
+
+// defDest is a default destination.
+type defDest struct {
+	ap netip.AddrPort
+}
+
+// source is a sender's address in the form ReadFrom returns.
+type source struct {
+	ap   netip.AddrPort
+	addr net.Addr
+}
+
+var (
+	_ net.PacketConn = (*Socket)(nil)
+	_ net.Conn       = (*Socket)(nil)
+	_ conn.Owner     = (*owner)(nil)
+)
+
+func newSocket(svc *Service, la *localAddr) *Socket {
+	s := &Socket{svc: svc, la: la}
+	s.q.svc = svc
+	s.sndbuf.Store(int64(svc.cfg.SendBuffer))
+	s.setReadBuffer(svc.cfg.ReceiveBuffer)
+	s.rdl.fire = s.q.readers.wakeAll
+	s.wdl.fire = s.wakeWriters
+	return s
+}
+
+func (s *Socket) wakeWriters() {
+	s.writers.wakeAll()
+	s.others.wakeAll()
+}
+
+// Addr is the address the socket is bound to.
+func (s *Socket) Addr() Addr { return Addr{s.AddrPort()} }
+
+// AddrPort is Addr as a netip value.
+func (s *Socket) AddrPort() netip.AddrPort { return netip.AddrPortFrom(s.la.addr, s.port) }
+
+// LocalAddr is Addr as a net.Addr.
+func (s *Socket) LocalAddr() net.Addr { return s.Addr() }
+
+// RemoteAddr is the default destination, nil if there is none.
+func (s *Socket) RemoteAddr() net.Addr {
+	if d := s.dflt.Load(); d != nil {
+		return Addr{d.ap}
+	}
+	return nil
+}
+
+func (s *Socket) opError(op string, peer netip.AddrPort, err error) error {
+	return &OpError{Op: op, Local: s.Addr(), Peer: Addr{peer}, Err: err}
+}
+
+// Connect makes addr the destination of Write and of messages without one. Nothing is sent, and what is received
+// does not change. It may be called again, but not undone (rds-protocol spec 1.3).
+func (s *Socket) Connect(addr net.Addr) error {
+	ap, err := toAddrPort(addr)
+	if err != nil {
+		return s.opError("connect", netip.AddrPort{}, err)
+	}
+	return s.ConnectAddrPort(ap)
+}
+
+// ConnectAddrPort is Connect with a netip value.
+func (s *Socket) ConnectAddrPort(addr netip.AddrPort) error {
+	addr = unmap(addr)
+	if s.closed.Load() {
+		return s.opError("connect", addr, ErrClosed)
+	}
+	if err := checkDest(s.la.addr, addr.Addr()); err != nil {
+		return s.opError("connect", addr, err)
+	}
+	s.dflt.Store(&defDest{ap: addr})
+	return nil
+}
+
+// SetTypeOfService chooses the connection on which writes travel: each type of service of a pair of hosts has its
+// own, with no order between them. The default is 0. Messages can choose for themselves.
+func (s *Socket) SetTypeOfService(tos uint8) { s.tos.Store(uint32(tos)) }
+
+// SetDeadline sets both deadlines.
+func (s *Socket) SetDeadline(t time.Time) error {
+	if err := s.SetReadDeadline(t); err != nil {
+		return err
+	}
+	return s.SetWriteDeadline(t)
+}
+
+// SetReadDeadline is the time from which on reads fail with an error that matches os.ErrDeadlineExceeded; zero is
+// never. Blocked reads too; it can be moved at any time.
+func (s *Socket) SetReadDeadline(t time.Time) error {
+	if s.closed.Load() {
+		return s.opError("set", netip.AddrPort{}, ErrClosed)
+	}
+	s.rdl.set(t)
+	return nil
+}
+
+// SetWriteDeadline is the same for writes. The error also matches what the write waited for.
+func (s *Socket) SetWriteDeadline(t time.Time) error {
+	if s.closed.Load() {
+		return s.opError("set", netip.AddrPort{}, ErrClosed)
+	}
+	s.wdl.set(t)
+	return nil
+}
+
+// SetReadBuffer sets the receive buffer in payload bytes. It is a soft limit: with more queued than that the port is
+// congested, and its senders wait until there is less than half of it (rds-protocol spec 2.7).
+func (s *Socket) SetReadBuffer(bytes int) error {
+	if err := s.checkBuffer(bytes); err != nil {
+		return err
+	}
+	s.setReadBuffer(bytes)
+	s.updateCongestion()
+	return nil
+}
+
+func (s *Socket) setReadBuffer(bytes int) {
+	s.rcvbuf.Store(int64(bytes))
+	// What a stalled reader may keep the provider's buffers from being posted again for; the
+	// rest of its queue is copied.
+	s.q.pinLimit.Store(2*int64(bytes) + MaxMessageSize)
+}
+
+// SetWriteBuffer sets the send buffer in payload bytes: a write waits while at least as many are
+// unacknowledged. No message is larger than it (rds-protocol spec 1.4).
+func (s *Socket) SetWriteBuffer(bytes int) error {
+	if err := s.checkBuffer(bytes); err != nil {
+		return err
+	}
+	s.sndbuf.Store(int64(bytes))
+	s.wakeWriters()
+	return nil
+}
+
+func (s *Socket) checkBuffer(bytes int) error {
+	if s.closed.Load() {
+		return s.opError("set", netip.AddrPort{}, ErrClosed)
+	}
+	if bytes < 1 || int64(bytes) > maxBuffer {
+		return s.opError("set", netip.AddrPort{}, fmt.Errorf("%w: buffer of %d bytes", ErrInvalid, bytes))
+	}
+	return nil
+}
+
+// Unacknowledged is how many messages and payload bytes of this socket wait for their peers.
+func (s *Socket) Unacknowledged() (msgs int, bytes int64) {
+	v := s.snd.Load()
+	return int(v >> sndShift), int64(v & sndMask)
+}
+
+// Close unbinds the port. Whoever is blocked in the socket returns with ErrClosed; what was received and not read
+// vanishes; what was written is still delivered. Lent messages stay valid.
+func (s *Socket) Close() error {
+	if !s.closed.CompareAndSwap(false, true) {
+		return nil
+	}
+	// 1. No new datagrams: the port first, so that it can be bound again at once.
+	s.la.mu.Lock()
+	s.la.ports.unbind(s.port, s)
+	s.la.mu.Unlock()
+	// 2. Everybody out.
+	s.rdl.stop()
+	s.wdl.stop()
+	s.q.readers.wakeAll()
+	s.wakeWriters()
+	// 3. What nobody read.
+	s.svc.ctr.recvDropDeadSock.Add(uint64(s.q.close()))
+	// 4. The port is not congested any more, and says so.
+	s.updateCongestion()
+	return nil
+}
+
+// overfull reports whether a queue of that much makes the port congested. Datagrams without payload do not count for
+// the kernel; here they do, by what their records cost, since every queue has a bound.
+func (s *Socket) overfull(bytes, charge int64) bool {
+	limit := s.rcvbuf.Load()
+	return bytes > limit || charge > 2*limit+chargeSlack
+}
+
+// relaxed reports whether it is little enough to end congestion.
+func (s *Socket) relaxed(bytes, charge int64) bool {
+	limit := s.rcvbuf.Load()
+	return (bytes < limit/2 || bytes <= 0) && charge < limit+chargeSlack/2
+}
+
+// chargeSlack keeps small receive buffers from being ruled by the cost of records.
+const chargeSlack = 64 << 10
+
+// updateCongestion brings our bit in the local map in line with the queue. Whoever has changed the
+// queue calls it after the change, so that of two at the same time the last one sees both.
+func (s *Socket) updateCongestion() {
+	q := &s.q
+	s.congMu.Lock()
+	defer s.congMu.Unlock()
+	for {
+		bytes, charge := q.bytes.Load(), q.charge.Load()
+		if s.overfull(bytes, charge) && q.readMu.TryLock() { // else a reader is at it
+			q.flushLocked()
+			q.readMu.Unlock()
+			bytes, charge = q.bytes.Load(), q.charge.Load()
+		}
+		now := q.congested.Load()
+		want := now
+		switch {
+		case s.closed.Load():
+			want = false
+		case s.overfull(bytes, charge):
+			want = true
+		case s.relaxed(bytes, charge):
+			want = false
+		}
+		if want == now {
+			return
+		}
+		q.congested.Store(want)
+		s.svc.tr.SetCongested(s.la.addr, s.port, want)
+		if !want {
+			s.la.wakeNearby()
+		} else {
+			s.svc.ctr.congSet.Add(1)
+		}
+	}
+}
+
+// await parks w, which is in its queues, until it is woken or ctx is done.
+func await(ctx context.Context, w *waiter) {
+	if done := ctx.Done(); done != nil {
+		select {
+		case <-w.wake:
+		case <-done:
+		}
+		return
+	}
+	<-w.wake
+}

@@ -1,0 +1,41 @@
+package rds
+
+import (
+	"context"
+	"net/netip"
+
+	"github.com/openrds/openrds/conn"
+)
+
+// transport is what a Service needs of a conn.Manager. Tests put their own in its place.
+type transport interface {
+	// Listen opens local and accepts connections there from now on. May wait.
+	Listen(local netip.Addr) error
+	// Get is the link of a pair of hosts and a type of service, the same one every time.
+	Get(local, remote netip.Addr, tos uint8) (link, error)
+	// SetCongested sets or clears the bit of port in the map of local. It does not wait and may be called while a
+	// Sink's method runs.
+	SetCongested(local netip.Addr, port uint16, on bool)
+	// Progress does the provider's work that is due and reports whether there was any.
+	Progress() bool
+	// Stats are the counters of everything below.
+	Stats() TransportStats
+	// Close lingers until all messages are acknowledged or ctx is done, then ends all. It says
+	// how many messages it abandoned.
+	Close(ctx context.Context) (abandoned int, err error)
+}
+
+// link is what a Socket needs to send to one host: a *conn.Conn or a localLink. No method waits.
+type link interface {
+	// Send queues a copy of payload. o.Released tells of its end.
+	Send(o conn.Owner, srcPort, dstPort uint16, payload []byte) error
+	// Flush sends what still waits for company. Callers that are about to wait call it.
+	Flush()
+	// PeerCongested reports whether the peer's map has port's bit set.
+	PeerCongested(port uint16) bool
+	// Cancel drops what o has queued to dstPort (-1: all ports) and the peer has not acknowledged. It
+	// returns the number of messages, for which Released has been called.
+	Cancel(o conn.Owner, dstPort int) int
+}
+
+var _ link = (*conn.Conn)(nil)
