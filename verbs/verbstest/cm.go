@@ -362,40 +362,39 @@ func cmUnanswered(l *lab) {
 
 func cmAnswerTwice(l *lab) {
 	eb := l.b.newEnd(l.b.qpConfig(verbs.RC))
-	out := make(chan [2]error, 2)
-	var reject bool
+	type answers struct {
+		ep            verbs.Endpoint
+		first, second error
+	}
+	out := make(chan answers, 1)
 	l.b.listen(7000, func(req verbs.ConnRequest) {
-		if reject {
-			first := req.Reject(nil)
-			_, second := req.Accept(context.Background(), eb.qp, cmParam(nil), nil)
-			out <- [2]error{first, second}
-			return
-		}
 		ep, first := req.Accept(context.Background(), eb.qp, cmParam(nil), nil)
-		second := req.Reject(nil)
-		if ep != nil {
-			defer ep.Disconnect()
-		}
-		out <- [2]error{first, second}
+		out <- answers{ep, first, req.Reject(nil)}
 	})
 	a := l.a.connect(l.b, 7000, cmParam(nil))
-	errs := recvFrom(l, "the handler answers", out)
-	l.must("Accept", errs[0])
-	if errs[1] == nil {
+	got := recvFrom(l, "the handler answers", out)
+	l.must("Accept", got.first)
+	l.endpoints = append(l.endpoints, got.ep)
+	if got.second == nil {
 		l.Fatal("Reject after Accept is refused")
 	}
-	l.wantDone("the acceptor disconnected", a)
-	l.must("close the QP", eb.qp.Close())
-	eb = l.b.newEnd(l.b.qpConfig(verbs.RC))
-	reject = true
+	l.settle()
+	l.wantAlive("and changes nothing", a)
+
+	idle := l.b.newEnd(l.b.qpConfig(verbs.RC))
+	l.b.listen(7001, func(req verbs.ConnRequest) {
+		first := req.Reject(nil)
+		ep, second := req.Accept(context.Background(), idle.qp, cmParam(nil), nil)
+		out <- answers{ep, first, second}
+	})
 	e := l.a.newEnd(l.a.qpConfig(verbs.RC))
-	l.wantFailed("rejected", e.dial(l.Context(), l.b, 7000, cmParam(nil), nil))
-	errs = recvFrom(l, "the handler answers", out)
-	l.must("Reject", errs[0])
-	if errs[1] == nil {
+	l.wantFailed("rejected", e.dial(l.Context(), l.b, 7001, cmParam(nil), nil))
+	got = recvFrom(l, "the handler answers", out)
+	l.must("Reject", got.first)
+	if got.second == nil || got.ep != nil {
 		l.Fatal("Accept after Reject is refused")
 	}
-	if s := eb.qp.State(); s != verbs.StateReset {
+	if s := idle.qp.State(); s != verbs.StateReset {
 		l.Fatalf("and leaves the QP alone: %v", s)
 	}
 }

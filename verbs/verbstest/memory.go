@@ -104,6 +104,7 @@ func deregisterDuringRead(l *lab) {
 		src, sink := l.b.region(n, allAccess), l.a.region(n, verbs.AccessLocalWrite)
 		data := l.nextPattern(n)
 		copy(src.mem, data)
+		l.publish()
 		p.a.send(remoteWR(1, verbs.OpRead, sink.sg(0, n), src, 0))
 		time.Sleep(pause)
 		l.deregister(fmt.Sprintf("deregister %v into a READ", pause), src)

@@ -105,6 +105,7 @@ func moveWrite(p *pair, op verbs.SendOpcode, size int) {
 	if op == verbs.OpWriteWithImm {
 		p.b.recvEmpty(20)
 	}
+	p.l.publish()
 	p.a.send(wr)
 	p.a.wantSent("the write completes", 10, verbs.WCWrite)
 	if op == verbs.OpWriteWithImm {
@@ -125,6 +126,7 @@ func moveRead(p *pair, op verbs.SendOpcode, size int) {
 	want := slices.Clone(dst.mem)
 	in.put(want, data)
 
+	p.l.publish()
 	p.a.send(remoteWR(10, op, in.sgs, src, 11))
 	p.a.wantRead("the read completes with its length", 10, size)
 	p.l.wantBytes("the sink holds the data and nothing around it is touched", dst.mem, want)
@@ -182,6 +184,7 @@ func fetchAdd(l *lab) {
 	putWord(target.mem[8:], start)
 	putWord(want[8:], start)
 	v := uint64(start)
+	l.publish()
 	for i, add := range []uint64{1, 0, 0x1_0000_0000, 1 << 63, ^uint64(0)} {
 		wr := remoteWR(uint64(i), verbs.OpFetchAdd, result.sg(16, 8), target, 8)
 		wr.CompareAdd = add
@@ -202,6 +205,7 @@ func compareSwap(l *lab) {
 	target := l.b.region(16, allAccess)
 	const start, swapped = 0x0123_4567_89ab_cdef, 0xfedc_ba98_7654_3210
 	putWord(target.mem, start)
+	l.publish()
 	result := l.a.region(64, verbs.AccessLocalWrite)
 	// The result may be scattered.
 	in := result.pieces(1, 8, 3)

@@ -195,6 +195,7 @@ func fenceWaits(l *lab) {
 	remote, buf, got := l.b.region(n, verbs.AccessRemoteRead), l.a.region(n, verbs.AccessLocalWrite), l.b.region(n, verbs.AccessLocalWrite)
 	data := l.nextPattern(n)
 	copy(remote.mem, data)
+	l.publish()
 	p.b.recv(verbs.RecvWR{ID: 20, SGs: got.sg(0, n)})
 	read, send := remoteWR(1, verbs.OpRead, buf.sg(0, n), remote, 0), sendWR(2, buf.sg(0, n))
 	send.Flags |= verbs.SendFence
@@ -237,6 +238,7 @@ func manyReads(l *lab) {
 		remote, sink := l.b.region(n*size, verbs.AccessRemoteRead), l.a.region(n*size, verbs.AccessLocalWrite)
 		data := l.nextPattern(n * size)
 		copy(remote.mem, data)
+		l.publish()
 		for i := range n {
 			p.a.send(remoteWR(uint64(i), verbs.OpRead, sink.sg(i*size, size), remote, i*size))
 		}
@@ -251,6 +253,7 @@ func atomicsInOrder(l *lab) {
 	p := l.pair()
 	target, result := l.b.region(8, allAccess), l.a.region(64*8, verbs.AccessLocalWrite)
 	putWord(target.mem, 1000)
+	l.publish()
 	for i := range 64 {
 		wr := remoteWR(uint64(i), verbs.OpFetchAdd, result.sg(8*i, 8), target, 0)
 		wr.CompareAdd = 1

@@ -107,6 +107,7 @@ func stressFetchAdd(l *lab) {
 			return nil
 		})
 	}
+	l.publish()
 	l.together(fs...)
 	pairs[0].fence()
 	if got := getWord(target.mem); got != 4*each*3 {
@@ -161,6 +162,7 @@ func stressCompareSwap(l *lab) {
 			return nil
 		})
 	}
+	l.publish()
 	l.together(fs...)
 	p := l.pair()
 	p.fence()

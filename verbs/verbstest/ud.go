@@ -233,8 +233,8 @@ func udNoReceive(l *lab) {
 // completes with LOC_LEN_ERR is permitted (rocev2 spec 5.6). The QP lives on.
 func udTooLong(l *lab) {
 	a, b := l.udEnd(l.a, nil), l.udEnd(l.b, nil)
-	r := l.b.region(128, verbs.AccessLocalWrite)
-	b.recv(verbs.RecvWR{ID: 20, SGs: r.sg(0, grhBytes+9)}, verbs.RecvWR{ID: 21, SGs: r.sg(64, 64)})
+	r, other := l.b.region(64, verbs.AccessLocalWrite), l.b.region(64, verbs.AccessLocalWrite)
+	b.recv(verbs.RecvWR{ID: 20, SGs: r.sg(0, grhBytes+9)}, verbs.RecvWR{ID: 21, SGs: other.sg(0, 64)})
 	before := slices.Clone(r.mem)
 	a.send(udWR(b, 1, l.a.region(10, 0).sg(0, 10)))
 	a.wantSent("the sender does not learn", 1, verbs.WCSend)
