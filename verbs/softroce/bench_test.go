@@ -14,6 +14,7 @@ func BenchmarkStream(b *testing.B) {
 	for _, size := range []int{112, 4144, 61440} {
 		b.Run(fmt.Sprint(size), func(b *testing.B) {
 			tp := newTestPair(b, Config{}, "127.0.0.13", "127.0.0.14", verbs.MTU4096)
+			defer tp.shut(b)
 			const depth = 64
 			var recv [depth]verbs.RecvWR
 			for i := range recv {

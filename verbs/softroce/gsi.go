@@ -3,7 +3,6 @@ package softroce
 import (
 	"net/netip"
 
-	"github.com/openrds/openrds/internal/psn"
 	cmwire "github.com/openrds/openrds/internal/wire/cm"
 	"github.com/openrds/openrds/internal/wire/roce"
 )
@@ -12,26 +11,16 @@ import (
 // (rocev2 spec 7.1).
 //
 //	BTH 12 (UD SEND Only, DestQP 1) | DETH 8 (Q_Key 0x80010000, source QP 1) | MAD 256 | ICRC 4
+//
+// Never more than 256 bytes: a longer packet moves QP 1 of a kernel peer to ERR (rocev2 spec 9, Q5).
 const (
 	gsiQPN   = 1
 	madBytes = cmwire.MADLen
-
-	// gsiPacketBytes is the UDP payload of every packet to QP 1, ICRC included. Never more: a longer
-	// one moves QP 1 of a kernel peer to ERR (rocev2 spec 9, Q5).
-	gsiPacketBytes = roce.BTHLen + roce.DETHLen + madBytes + roce.ICRCLen
 )
-
-// putGSIPacket writes the packet that carries mad to a peer's QP 1, all but the ICRC, which its last
-// roce.ICRCLen bytes are for. p is a counter that nobody checks.
-func putGSIPacket(b *[gsiPacketBytes]byte, p psn.PSN, mad *[madBytes]byte) {
-	roce.PutBTH(b[:], roce.UDSendOnly, false, 0, false, gsiQPN, p)
-	roce.PutDETH(b[roce.BTHLen:], roce.GSIQKey, gsiQPN)
-	copy(b[roce.BTHLen+roce.DETHLen:], mad[:])
-}
 
 // gsiInput takes a packet for QP 1 from address from, whose ICRC and P_Key are good. It is for the
 // engine: what is not a MAD of the connection manager is dropped and counted, the rest is copied and
-// left for the manager's worker.
+// left for the manager's worker. The source QP does not matter, since answers go to QP 1.
 func (m *connManager) gsiInput(from netip.Addr, p *roce.Packet) {
 	if p.Op != roce.UDSendOnly {
 		m.stats.add(cmGSIBadOpcode)
@@ -44,8 +33,8 @@ func (m *connManager) gsiInput(from netip.Addr, p *roce.Packet) {
 	m.input(from, p.Payload)
 }
 
-// gsiCheck counts why mad is not one of the connection manager's, if it is not: length, base version
-// 1, class 7, class version 2, method 3 (rocev2 spec 7.1).
+// gsiCheck reports whether mad is one of the connection manager's, and counts why it is not: length,
+// base version 1, class 7, class version 2, method 3 (rocev2 spec 7.1).
 func (m *connManager) gsiCheck(mad []byte) bool {
 	if len(mad) != madBytes {
 		m.stats.add(cmGSIBadLength)

@@ -364,6 +364,7 @@ func (q *qp) progress() {
 		q.sampleRTT(d.now.Sub(q.timedAt))
 		q.timedAt = time.Time{}
 	}
+	q.rto = q.baseRTO() // the peer answers: what timeouts added is over
 	if q.una == q.max {
 		q.deadline = time.Time{}
 		q.probing = false
@@ -386,7 +387,14 @@ func (q *qp) sampleRTT(r time.Duration) {
 		q.rttvar += (diff - q.rttvar) / 4
 		q.srtt += (r - q.srtt) / 8
 	}
-	q.rto = min(max(q.srtt+4*q.rttvar, minRTO), maxRTO)
+}
+
+// baseRTO is the retransmission timeout before any backing off.
+func (q *qp) baseRTO() time.Duration {
+	if q.srtt == 0 {
+		return initialRTO
+	}
+	return min(max(q.srtt+4*q.rttvar, minRTO), maxRTO)
 }
 
 // grow opens the congestion window for n bytes acknowledged without loss.
