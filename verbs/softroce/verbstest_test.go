@@ -1,11 +1,14 @@
 package softroce_test
 
 import (
+	"hash/fnv"
 	"net/netip"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
+	"github.com/openrds/openrds/internal/simnet"
 	"github.com/openrds/openrds/verbs/softroce"
 	"github.com/openrds/openrds/verbs/verbstest"
 )
@@ -33,4 +36,44 @@ func TestVerbsUDP(t *testing.T) {
 			Unowned:  netip.MustParseAddr("192.0.2.77"), // of the range for documentation
 		}
 	}, verbstest.Parallel())
+}
+
+// simulated runs the suite in virtual time on a network of cfg, between hosts of its own.
+func simulated(t *testing.T, cfg simnet.Config, a, b, nowhere string, lossy bool) {
+	verbstest.Run(t, func(t *testing.T) verbstest.Env {
+		h := fnv.New64a()
+		h.Write([]byte(t.Name()))
+		net := simnet.ForTest(t, h.Sum64(), cfg)
+		hosts := []netip.Addr{netip.MustParseAddr(a), netip.MustParseAddr(b)}
+		return verbstest.Env{
+			Provider: softroce.New(softroce.Config{Network: net}),
+			Addrs:    hosts,
+			Nowhere:  netip.MustParseAddr(nowhere),
+			Partition: func(cut bool) {
+				if cut {
+					net.Partition(hosts[0], hosts[1])
+				} else {
+					net.Heal(hosts[0], hosts[1])
+				}
+			},
+			Lossy: lossy,
+		}
+	}, verbstest.Within(synctest.Test))
+}
+
+func TestVerbsSimulated(t *testing.T) {
+	link := simnet.LinkConfig{Delay: 20 * time.Microsecond, Jitter: 5 * time.Microsecond}
+	simulated(t, simnet.Config{GRO: true, Link: link}, "10.0.0.1", "10.0.0.2", "10.0.0.9", false)
+}
+
+// IPv6 over Ethernet frames of the usual size: path MTU 1024, no offloads.
+func TestVerbsSimulatedIPv6(t *testing.T) {
+	link := simnet.LinkConfig{Delay: 200 * time.Microsecond, RateBytesPerSec: 1 << 30}
+	simulated(t, simnet.Config{MTU: 1500, NoGSO: true, Link: link}, "fd00::1", "fd00::2", "fd00::9", false)
+}
+
+// A network that loses, repeats, damages and reorders: whatever is reliable behaves the same, later.
+func TestVerbsSimulatedLossy(t *testing.T) {
+	link := simnet.LinkConfig{Loss: 0.02, Dup: 0.01, Corrupt: 0.005, Reorder: 0.02, Delay: 50 * time.Microsecond, Jitter: 50 * time.Microsecond}
+	simulated(t, simnet.Config{Link: link}, "10.0.0.1", "10.0.0.2", "10.0.0.9", true)
 }
