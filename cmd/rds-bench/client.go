@@ -34,9 +34,8 @@ func dialClient(ctx context.Context, server netip.AddrPort, local netip.Addr, p 
 		return nil, err
 	}
 	conn := newControlConn(nc)
-	c := &client{conn: conn, transports: newTransports(open, conn.localAddr()), params: p, progress: pr}
-	c.transports.dialect = p.Dialect
-	if _, err := c.ask(request{Op: opHello, Version: controlVersion, Dialect: p.Dialect}); err != nil {
+	c := &client{conn: conn, transports: newTransports(open, conn.localAddr(), p.RDS), params: p, progress: pr}
+	if _, err := c.ask(request{Op: opHello, Version: controlVersion, RDS: &p.RDS}); err != nil {
 		nc.Close()
 		return nil, err
 	}

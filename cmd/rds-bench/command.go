@@ -56,7 +56,8 @@ func (f *clientFlags) register(cmd *cobra.Command) {
 	fl.DurationVar(&p.Warmup, "warmup", p.Warmup, "load before it that is not measured")
 	fl.BoolVar(&p.Bidir, "bidir", p.Bidir, "throughput in both directions at once, rates added")
 	fl.BoolVar(&p.Verify, "verify", p.Verify, "check content and order of every datagram")
-	fl.StringVar(&p.Dialect, "dialect", p.Dialect, "what to speak to the peer: open (ours) or kernel (Linux's)")
+	fl.StringVar(&p.RDS.Dialect, "dialect", p.RDS.Dialect, "what to speak to the peer: open (ours) or kernel (Linux's)")
+	fl.Uint16Var(&p.RDS.Port, "roce-port", p.RDS.Port, "UDP port of RoCEv2 on both sides")
 	fl.Uint64Var(&p.Seed, "seed", p.Seed, "seed of the content")
 	fl.BoolVar(&f.json, "json", false, "print one JSON object instead of the table")
 	fl.StringVar(&f.profile, "cpuprofile", "", "write CPU profiles of the measured processes to this file, .client and .server appended")
@@ -161,7 +162,7 @@ between the two addresses of its control connection.`,
 				ln.Close()
 				return err
 			}
-			srv := &server{ln: ln, log: log, open: newTransport}
+			srv := &server{ln: ln, log: log, open: transportOpener(log)}
 			ctx := cmd.Context()
 			if child {
 				ctx = childContext(ctx, stdin)
@@ -263,7 +264,7 @@ func (f *clientFlags) measure(ctx context.Context, server netip.AddrPort, local 
 	if file, ok := stderr.(*os.File); ok && term.IsTerminal(int(file.Fd())) {
 		pr = newBarProgress(file, len(specs), f.params)
 	}
-	c, err := dialClient(ctx, server, local, f.params, newTransport, pr)
+	c, err := dialClient(ctx, server, local, f.params, transportOpener(hclog.NewNullLogger()), pr)
 	if err != nil {
 		return err
 	}

@@ -14,7 +14,7 @@ import (
 // The control connection is TCP beside whatever is measured. The client asks, the server answers, one
 // JSON object per line each:
 //
-//	hello     version and dialect; the server opens what outlives a run
+//	hello     version, options of RDS
 //	prepare   spec                     -> addresses of the server's endpoint
 //	connect   the client's addresses   -> when every flow greeted
 //	start                              -> when the server receives (and sends, if bidir)
@@ -49,7 +49,7 @@ const defaultControlPort = 4000
 type request struct {
 	Op      string           `json:"op"`
 	Version int              `json:"version,omitempty"`
-	Dialect string           `json:"dialect,omitempty"`
+	RDS     *rdsOptions      `json:"rds,omitempty"`
 	Spec    *spec            `json:"spec,omitempty"`
 	Addrs   []netip.AddrPort `json:"addrs,omitempty"`
 	Sent    []uint64         `json:"sent,omitempty"`

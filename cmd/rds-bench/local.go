@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -12,6 +13,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -49,7 +51,8 @@ func startChild(server netip.Addr, profile string, stderr io.Writer) (*child, er
 		args = append(args, "--cpuprofile", profile)
 	}
 	cmd := exec.Command(exe, args...)
-	cmd.Stderr = stderr
+	errOut := &heldWriter{to: stderr}
+	cmd.Stderr = errOut
 	stdin, err := cmd.StdinPipe()
 	if err != nil {
 		return nil, err
@@ -64,8 +67,16 @@ func startChild(server netip.Addr, profile string, stderr io.Writer) (*child, er
 	ch := &child{cmd: cmd, stdin: stdin}
 	line, err := bufio.NewReader(stdout).ReadString('\n')
 	if err != nil {
-		// It has said why on standard error.
-		return nil, errors.Join(errors.New("the server process did not start"), ch.stop())
+		if serr := ch.stop(); serr != nil {
+			err = serr
+		}
+		if said := strings.TrimSpace(errOut.take()); said != "" {
+			err = errors.New(strings.TrimPrefix(said, "rds-bench: "))
+		}
+		return nil, fmt.Errorf("the server process did not start: %w", err)
+	}
+	if err := errOut.release(); err != nil {
+		return nil, errors.Join(err, ch.stop())
 	}
 	if ch.control, err = netip.ParseAddrPort(strings.TrimSpace(line)); err != nil {
 		return nil, errors.Join(fmt.Errorf("the server process: %v", err), ch.stop())
@@ -94,4 +105,36 @@ func childContext(ctx context.Context, stdin io.Reader) context.Context {
 		_, _ = io.Copy(io.Discard, stdin)
 	}()
 	return ctx
+}
+
+// A heldWriter keeps what is written to it until it is released, and passes everything on from then.
+type heldWriter struct {
+	mu       sync.Mutex
+	to       io.Writer
+	held     bytes.Buffer
+	released bool
+}
+
+func (w *heldWriter) Write(p []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.released {
+		return w.to.Write(p)
+	}
+	return w.held.Write(p)
+}
+
+func (w *heldWriter) release() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.released = true
+	_, err := w.held.WriteTo(w.to)
+	return err
+}
+
+// take returns what is held.
+func (w *heldWriter) take() string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.held.String()
 }

@@ -35,8 +35,8 @@ type params struct {
 	Warmup   time.Duration // before it
 	Bidir    bool          // throughput in both directions at once
 	Verify   bool          // check content and order of every datagram
-	Dialect  string        // "open" or "kernel"
-	Seed     uint64        // of the content
+	RDS      rdsOptions
+	Seed     uint64 // of the content
 }
 
 func defaultParams() params {
@@ -47,7 +47,7 @@ func defaultParams() params {
 		Sockets:  1,
 		Duration: time.Second,
 		Warmup:   200 * time.Millisecond,
-		Dialect:  dialectOpen,
+		RDS:      rdsOptions{Dialect: dialectOpen, Port: 4791},
 		Seed:     1,
 	}
 }
@@ -95,8 +95,8 @@ func (p params) validate() error {
 	if p.Warmup < 0 {
 		complain("--warmup: %v is negative", p.Warmup)
 	}
-	if p.Dialect != dialectOpen && p.Dialect != dialectKernel {
-		complain("--dialect: %q is neither %s nor %s", p.Dialect, dialectKernel, dialectOpen)
+	if err := p.RDS.validate(); err != nil {
+		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
 }
@@ -143,7 +143,7 @@ func (s spec) String() string {
 func (s spec) validate() error {
 	p := params{
 		Sizes: []int{s.Size}, Tests: []string{s.Test}, Sockets: s.Sockets, Depth: s.Depth,
-		Duration: 1, Dialect: dialectOpen,
+		Duration: 1, RDS: defaultParams().RDS,
 	}
 	if s.Patience < 0 || s.Patience > maxPatience {
 		return fmt.Errorf("patience of %v", s.Patience)

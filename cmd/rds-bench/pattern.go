@@ -16,13 +16,13 @@ func newStream(seed uint64, index int, fromActive bool) stream {
 	if fromActive {
 		lane |= 1
 	}
-	return stream{key: mix64(mix64(seed) + lane*golden)}
+	return stream{key: mix64(mix64(seed) + lane*goldenGamma)}
 }
 
-// golden and mix64 are SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number
-// generators", 2014): a counter in steps of golden through a bijective mixer. About 1 ns for 8 bytes,
+// goldenGamma and mix64 are SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number
+// generators", 2014): a counter in steps of goldenGamma through a bijective mixer. About 1 ns for 8 bytes,
 // so that checking does not become what is measured.
-const golden = 0x9e3779b97f4a7c15
+const goldenGamma = 0x9e3779b97f4a7c15
 
 func mix64(z uint64) uint64 {
 	z = (z ^ z>>30) * 0xbf58476d1ce4e5b9
@@ -32,12 +32,12 @@ func mix64(z uint64) uint64 {
 
 // fill writes the content of datagram seq to p.
 func (s stream) fill(p []byte, seq uint64) {
-	x := mix64(s.key + seq*golden)
+	x := mix64(s.key + seq*goldenGamma)
 	for ; len(p) >= 8; p = p[8:] {
-		x += golden
+		x += goldenGamma
 		binary.LittleEndian.PutUint64(p, mix64(x))
 	}
-	x += golden
+	x += goldenGamma
 	for i, v := 0, mix64(x); i < len(p); i++ {
 		p[i] = byte(v >> (8 * i))
 	}
@@ -45,17 +45,17 @@ func (s stream) fill(p []byte, seq uint64) {
 
 // mismatch returns the first offset at which p differs from datagram seq, or -1.
 func (s stream) mismatch(p []byte, seq uint64) int {
-	x := mix64(s.key + seq*golden)
+	x := mix64(s.key + seq*goldenGamma)
 	off := 0
 	for ; len(p)-off >= 8; off += 8 {
-		x += golden
+		x += goldenGamma
 		if binary.LittleEndian.Uint64(p[off:]) != mix64(x) {
 			break
 		}
 	}
 	// The tail, or the eight bytes that differ.
 	if len(p)-off < 8 {
-		x += golden
+		x += goldenGamma
 	}
 	for i, v := 0, mix64(x); i < 8 && off+i < len(p); i++ {
 		if p[off+i] != byte(v>>(8*i)) {

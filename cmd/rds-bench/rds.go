@@ -1,10 +1,134 @@
 package main
 
 import (
+	"context"
 	"errors"
+	"fmt"
 	"net/netip"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+
+	"github.com/openrds/openrds/rds"
 )
 
-func openRDS(local netip.Addr, dialect string) (transport, error) {
-	return nil, errors.ErrUnsupported
+// rdsOptions are what both sides' Services are opened with.
+type rdsOptions struct {
+	Dialect string `json:"dialect"`
+	Port    uint16 `json:"port"` // UDP port of RoCEv2
 }
+
+func (o rdsOptions) validate() error {
+	if o.Dialect != dialectOpen && o.Dialect != dialectKernel {
+		return fmt.Errorf("--dialect: %q is neither %s nor %s", o.Dialect, dialectKernel, dialectOpen)
+	}
+	if o.Port == 0 {
+		return errors.New("--roce-port: 0 is not a port")
+	}
+	return nil
+}
+
+// rdsTransport is what this command is about. One Service carries all runs of a session, one socket per
+// flow is bound for each.
+type rdsTransport struct{ svc *rds.Service }
+
+func openRDS(o rdsOptions, log hclog.Logger) (transport, error) {
+	cfg := rds.Config{UDPPort: o.Port, Logger: log}
+	if o.Dialect == dialectKernel {
+		cfg.Dialect = rds.DialectKernelOnly
+	}
+	svc, err := rds.Open(cfg)
+	if err != nil {
+		return nil, err
+	}
+	return rdsTransport{svc}, nil
+}
+
+func (t rdsTransport) close() error { return t.svc.Close() }
+
+func (t rdsTransport) open(ctx context.Context, cfg endpointConfig) (endpoint, error) {
+	ep := &rdsEndpoint{svc: t.svc}
+	for range cfg.flows {
+		s, err := t.svc.ListenAddrPort(ctx, netip.AddrPortFrom(cfg.local, 0))
+		if err != nil {
+			return nil, errors.Join(err, ep.close())
+		}
+		ep.socks = append(ep.socks, s)
+	}
+	return ep, nil
+}
+
+type rdsEndpoint struct {
+	svc   *rds.Service
+	socks []*rds.Socket // by flow
+}
+
+func (e *rdsEndpoint) addrs() []netip.AddrPort {
+	var out []netip.AddrPort
+	for _, s := range e.socks {
+		out = append(out, s.AddrPort())
+	}
+	return out
+}
+
+// connect has nothing to do but to remember: the first datagram makes the connection.
+func (e *rdsEndpoint) connect(_ context.Context, peers []netip.AddrPort) ([]flow, error) {
+	if len(peers) != len(e.socks) {
+		return nil, fmt.Errorf("rds: %d peers for %d sockets", len(peers), len(e.socks))
+	}
+	var flows []flow
+	for i, s := range e.socks {
+		flows = append(flows, &rdsFlow{sock: s, peer: peers[i]})
+	}
+	return flows, nil
+}
+
+// counters are of the whole Service, of which this run is the only user.
+func (e *rdsEndpoint) counters() counters {
+	st := e.svc.Stats()
+	n := counters{
+		retransmits: st.Conn.SendRetransmit,
+		drops:       st.RecvDropNoSock + st.RecvDropDeadSock + st.Conn.RecvDropBadChecksum,
+	}
+	for _, dev := range st.Devices {
+		n.retransmits += dev["retransmits"]
+		n.drops += dev["rx_socket_drops"] + dev["rx_malformed"] + dev["rx_bad_icrc"] + dev["rx_bad_df"]
+	}
+	return n
+}
+
+func (e *rdsEndpoint) close() error {
+	var errs []error
+	for _, s := range e.socks {
+		errs = append(errs, s.Close())
+	}
+	return errors.Join(errs...)
+}
+
+type rdsFlow struct {
+	sock *rds.Socket
+	peer netip.AddrPort
+	out  []byte
+}
+
+func (f *rdsFlow) buffer(size int) []byte {
+	if len(f.out) < size {
+		f.out = make([]byte, size)
+	}
+	return f.out[:size]
+}
+
+func (f *rdsFlow) send(n int, _ bool) error {
+	_, err := f.sock.WriteToAddrPort(f.out[:n], f.peer)
+	return err
+}
+
+func (f *rdsFlow) recv(p []byte) (int, error) {
+	n, from, err := f.sock.ReadFromAddrPort(p)
+	if err == nil && from != f.peer {
+		err = fmt.Errorf("a datagram from %v instead of %v", from, f.peer)
+	}
+	return n, err
+}
+
+func (f *rdsFlow) setDeadline(t time.Time) error { return f.sock.SetDeadline(t) }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -43,6 +44,7 @@ type reportParameters struct {
 	Bidir           bool     `json:"bidir"`
 	Verify          bool     `json:"verify"`
 	Dialect         string   `json:"dialect"`
+	RoCEPort        uint16   `json:"roce_port"`
 	Seed            uint64   `json:"seed"`
 	Client          string   `json:"client"` // addresses
 	Server          string   `json:"server"`
@@ -99,7 +101,7 @@ func newReport(p params, client, server string) *report {
 			Parameters: reportParameters{
 				Sizes: p.Sizes, Tests: p.Tests, Compare: compare, Sockets: p.Sockets, Depth: p.Depth,
 				DurationSeconds: p.Duration.Seconds(), WarmupSeconds: p.Warmup.Seconds(),
-				Bidir: p.Bidir, Verify: p.Verify, Dialect: p.Dialect, Seed: p.Seed,
+				Bidir: p.Bidir, Verify: p.Verify, Dialect: p.RDS.Dialect, RoCEPort: p.RDS.Port, Seed: p.Seed,
 				Client: client, Server: server,
 			},
 		},
@@ -126,7 +128,8 @@ func (r *report) writeTable(w io.Writer) error {
 	}
 	fmt.Fprintln(w)
 
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
+	var grid bytes.Buffer
+	t := tabwriter.NewWriter(&grid, 0, 0, 2, ' ', tabwriter.AlignRight)
 	head := []string{"size", "over", "messages/s", "GB/s", "vs tcp", "p50 µs", "p99 µs", "p99.9 µs", "CPU", "resent", "drops"}
 	if p.Verify {
 		head = append(head, "verified")
@@ -144,6 +147,9 @@ func (r *report) writeTable(w io.Writer) error {
 	}
 	if err := t.Flush(); err != nil {
 		return err
+	}
+	for l := range strings.Lines(grid.String()) {
+		fmt.Fprintln(w, strings.TrimRight(l, " \n"))
 	}
 	_, err := fmt.Fprint(w, "\nRates as the receiving application counts them. CPU: cores used by both processes together during\n"+
 		"throughput. µs: round trip, one datagram in flight. vs tcp: messages/s.\n")

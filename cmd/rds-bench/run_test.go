@@ -13,10 +13,16 @@ import (
 	"github.com/hashicorp/go-hclog"
 )
 
+// Addresses of tests: other packages' tests run at the same time on those that people use.
+const (
+	testClientAddr = "127.0.77.1"
+	testServerAddr = "127.0.77.2"
+)
+
 // serveLoopback runs a server in this process and returns its control address.
 func serveLoopback(t *testing.T, open openTransport) netip.AddrPort {
 	t.Helper()
-	ln, err := net.Listen("tcp", net.JoinHostPort(defaultServerAddr, "0"))
+	ln, err := net.Listen("tcp", net.JoinHostPort(testServerAddr, "0"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -35,7 +41,7 @@ func serveLoopback(t *testing.T, open openTransport) netip.AddrPort {
 // connectClient connects a client to the server at control.
 func connectClient(t *testing.T, control netip.AddrPort, p params, open openTransport) *client {
 	t.Helper()
-	c, err := dialClient(t.Context(), control, netip.MustParseAddr(defaultClientAddr), p, open, noProgress{})
+	c, err := dialClient(t.Context(), control, netip.MustParseAddr(testClientAddr), p, open, noProgress{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -59,7 +65,9 @@ func testSpec(transport, test string, size int) spec {
 }
 
 // testTransports are the transports that the machine under test can run.
-var testTransports = []string{transportTCP}
+var testTransports = []string{transportTCP, transportUDP}
+
+var newTransport = transportOpener(hclog.NewNullLogger())
 
 func TestRuns(t *testing.T) {
 	for _, transport := range testTransports {
@@ -233,8 +241,8 @@ func TestVerifyFails(t *testing.T) {
 		{"one cut short", truncateOne, "datagram 100 has 63 bytes instead of 64"},
 	} {
 		var spoil atomic.Bool
-		mangled := func(name string, local netip.Addr, dialect string) (transport, error) {
-			tr, err := newTransport(name, local, dialect)
+		mangled := func(name string, o rdsOptions) (transport, error) {
+			tr, err := newTransport(name, o)
 			return mangledTransport{tr, func(f *mangledFlow, n int, more bool) error {
 				if !spoil.Load() {
 					return f.flow.send(n, more)
@@ -280,8 +288,8 @@ func TestVerifyMissesLast(t *testing.T) {
 		}
 		return f.flow.send(n, more)
 	}
-	open := func(name string, local netip.Addr, dialect string) (transport, error) {
-		tr, err := newTransport(name, local, dialect)
+	open := func(name string, o rdsOptions) (transport, error) {
+		tr, err := newTransport(name, o)
 		return mangledTransport{tr, dropLast}, err
 	}
 	c := connectClient(t, serveLoopback(t, newTransport), shortParams(), open)
@@ -308,3 +316,5 @@ func TestInterrupt(t *testing.T) {
 		t.Errorf("results %+v, want the interrupted first run", results)
 	}
 }
+
+func mustAddr(s string) netip.Addr { return netip.MustParseAddr(s) }

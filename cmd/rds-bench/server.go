@@ -56,7 +56,7 @@ func (s *server) serveConn(ctx context.Context, c *controlConn) {
 	defer stop()
 	log := s.log.With("client", c.RemoteAddr().String())
 	log.Info("session begins")
-	ses := &session{stage: stageNew, ctx: ctx, conn: c, transports: newTransports(s.open, c.localAddr())}
+	ses := &session{stage: stageNew, ctx: ctx, conn: c, open: s.open}
 	err := ses.run()
 	if cerr := ses.close(); err == nil {
 		err = cerr
@@ -74,7 +74,8 @@ func (s *server) serveConn(ctx context.Context, c *controlConn) {
 type session struct {
 	ctx        context.Context
 	conn       *controlConn
-	transports *transports
+	open       openTransport
+	transports *transports // after hello
 
 	stage stage
 	side  *side // the run in progress; not nil from stagePrepared on
@@ -182,10 +183,13 @@ func (s *session) hello(req *request) error {
 	if req.Version != controlVersion {
 		return fmt.Errorf("speaks version %d of the control protocol, the client %d", controlVersion, req.Version)
 	}
-	if req.Dialect != dialectOpen && req.Dialect != dialectKernel {
-		return fmt.Errorf("unknown dialect %q", req.Dialect)
+	if req.RDS == nil {
+		return errors.New("hello without options of RDS")
 	}
-	s.transports.dialect = req.Dialect
+	if err := req.RDS.validate(); err != nil {
+		return err
+	}
+	s.transports = newTransports(s.open, s.conn.localAddr(), *req.RDS)
 	return s.conn.SetReadDeadline(time.Time{})
 }
 
@@ -214,5 +218,9 @@ func (s *session) endRun() error {
 }
 
 func (s *session) close() error {
-	return errors.Join(s.endRun(), s.transports.close())
+	err := s.endRun()
+	if s.transports != nil {
+		err = errors.Join(err, s.transports.close())
+	}
+	return err
 }

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"net/netip"
 	"time"
+
+	"github.com/hashicorp/go-hclog"
 )
 
 // maxMessageBytes is the largest datagram: RDS's own limit, kept for the baselines too.
@@ -62,32 +64,34 @@ type flow interface {
 	setDeadline(t time.Time) error
 }
 
-// openTransport makes the transport called name for traffic of the local address.
-type openTransport func(name string, local netip.Addr, dialect string) (transport, error)
+// openTransport makes the transport called name.
+type openTransport func(name string, o rdsOptions) (transport, error)
 
-// newTransport is the openTransport of the command.
-func newTransport(name string, local netip.Addr, dialect string) (transport, error) {
-	switch name {
-	case transportRDS:
-		return openRDS(local, dialect)
-	case transportTCP:
-		return tcpTransport{}, nil
-	case transportUDP:
-		return openUDP(local)
+// transportOpener is the openTransport of the command. log is for the Service of RDS.
+func transportOpener(log hclog.Logger) openTransport {
+	return func(name string, o rdsOptions) (transport, error) {
+		switch name {
+		case transportRDS:
+			return openRDS(o, log)
+		case transportTCP:
+			return tcpTransport{}, nil
+		case transportUDP:
+			return udpTransport{}, nil
+		}
+		return nil, fmt.Errorf("unknown transport %q", name)
 	}
-	return nil, fmt.Errorf("unknown transport %q", name)
 }
 
 // transports are a session's transports, opened when first used.
 type transports struct {
 	openTransport openTransport
 	local         netip.Addr
-	dialect       string
+	rds           rdsOptions
 	opened        map[string]transport
 }
 
-func newTransports(open openTransport, local netip.Addr) *transports {
-	return &transports{openTransport: open, local: local, opened: make(map[string]transport)}
+func newTransports(open openTransport, local netip.Addr, o rdsOptions) *transports {
+	return &transports{openTransport: open, local: local, rds: o, opened: make(map[string]transport)}
 }
 
 // endpoint opens one side's end of a run.
@@ -95,7 +99,7 @@ func (t *transports) endpoint(ctx context.Context, s spec, active bool) (endpoin
 	tr := t.opened[s.Transport]
 	if tr == nil {
 		var err error
-		if tr, err = t.openTransport(s.Transport, t.local, t.dialect); err != nil {
+		if tr, err = t.openTransport(s.Transport, t.rds); err != nil {
 			return nil, err
 		}
 		t.opened[s.Transport] = tr

@@ -18,6 +18,7 @@ import (
 	"errors"
 	"net"
 	"os"
+	"sync/atomic"
 )
 
 // MaxMessageBytes is the largest message of Sender.Send.
@@ -41,6 +42,19 @@ const (
 	defaultSlots     = 16
 	socketBufferSize = 4 << 20 // asked for; the kernel may grant less
 )
+
+// counters are Stats that another goroutine may read; packets is stored once per batch.
+type counters struct {
+	packets, retransmits, badICRC, outOfOrder, duplicates atomic.Uint64
+}
+
+// Stats is a snapshot, by any goroutine. Packets may lag behind by what is not flushed yet.
+func (c *counters) Stats() Stats {
+	return Stats{
+		Packets: c.packets.Load(), Retransmits: c.retransmits.Load(), BadICRC: c.badICRC.Load(),
+		OutOfOrder: c.outOfOrder.Load(), Duplicates: c.duplicates.Load(),
+	}
+}
 
 // Stats are running counts.
 type Stats struct {

@@ -45,7 +45,8 @@ type Receiver struct {
 	ackIov unix.Iovec
 	ackMsg [1]mmsghdr
 
-	stats Stats
+	accepted uint64
+	counters
 }
 
 // NewReceiver opens a Receiver at local; port 0 picks one.
@@ -79,9 +80,6 @@ func NewReceiver(local netip.AddrPort, o Options) (*Receiver, error) {
 	h.SetIovlen(1)
 	return r, nil
 }
-
-// Stats is a snapshot, for the goroutine that receives.
-func (r *Receiver) Stats() Stats { return r.stats }
 
 // Recv copies the next message to p and returns its length.
 func (r *Receiver) Recv(p []byte) (int, error) {
@@ -137,22 +135,22 @@ func (r *Receiver) accept(pkt []byte, index uint16) (roce.Opcode, []byte, bool) 
 	var p roce.Packet
 	id, v := r.flow.Check(pkt, index)
 	if v == roce.Bad || v == roce.BadDF || id >= maxTrainSegs || r.from[r.at-1] != r.peer || roce.Parse(pkt, &p) != nil {
-		r.stats.BadICRC++
+		r.badICRC.Add(1)
 		return 0, nil, false
 	}
 	d := p.BTH.PSN().Sub(r.expect)
 	switch {
 	case d == 0:
 		r.expect = r.expect.Add(1)
-		r.stats.Packets++
+		r.accepted++
 		r.bound, r.gap = true, false
 		r.ackDue = r.ackDue || p.BTH.AckReq()
 		return p.Op, p.Payload, true
 	case d < 0:
-		r.stats.Duplicates++
+		r.duplicates.Add(1)
 		r.ackDue = r.ackDue || p.BTH.AckReq()
 	default:
-		r.stats.OutOfOrder++
+		r.outOfOrder.Add(1)
 		r.nakDue = r.nakDue || !r.gap
 		r.gap = true
 	}
@@ -170,6 +168,7 @@ func (r *Receiver) bind(from *unix.RawSockaddrInet4) {
 // acknowledged and waits for another one.
 func (r *Receiver) fill() error {
 	for r.at == r.count {
+		r.packets.Store(r.accepted)
 		if err := r.acknowledge(); err != nil {
 			return err
 		}

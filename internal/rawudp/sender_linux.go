@@ -43,7 +43,7 @@ type Sender struct {
 	ackIov  unix.Iovec
 	ackMsg  [1]mmsghdr
 
-	stats Stats
+	counters
 }
 
 // A train is a run of packets of one size, the last of which may be shorter.
@@ -103,9 +103,6 @@ func NewSender(local netip.Addr, remote netip.AddrPort, o Options) (*Sender, err
 	h.Name = (*byte)(unsafe.Pointer(&s.ackFrom))
 	return s, nil
 }
-
-// Stats is a snapshot, for the goroutine that sends.
-func (s *Sender) Stats() Stats { return s.stats }
 
 // Send sends a message of up to MaxMessageBytes, copying it into the window. It waits while the window is
 // full. more says that another follows at once, and lets this one wait for a fuller train.
@@ -228,7 +225,6 @@ func (s *Sender) commit(t *train, op roce.Opcode, payload int, last bool) {
 	t.closed = u < t.segSize
 	t.segs++
 	s.psn++
-	s.stats.Packets++
 }
 
 // flush sends everything there is.
@@ -241,6 +237,7 @@ func (s *Sender) flush() error {
 
 // sendQueued sends ring[unsent:next].
 func (s *Sender) sendQueued() error {
+	s.packets.Store(s.psn)
 	for s.unsent < s.next {
 		if !s.gso {
 			if err := s.sendSingles(&s.ring[s.unsent%uint64(len(s.ring))]); err != nil {
@@ -321,7 +318,7 @@ func (s *Sender) awaitAck() error {
 func (s *Sender) handleAck(b []byte) error {
 	var p roce.Packet
 	if _, v := s.back.Check(b, 0); v != roce.OK0 || roce.Parse(b, &p) != nil || roce.BTH(b).Opcode() != roce.RCAck {
-		s.stats.BadICRC++
+		s.badICRC.Add(1)
 		return nil
 	}
 	// The PSN is the last one received in order. Unwrap it around the oldest train.
@@ -347,7 +344,7 @@ func (s *Sender) handleAck(b []byte) error {
 // goBack sends all that is not acknowledged again.
 func (s *Sender) goBack() error {
 	for i := s.una; i < s.unsent; i++ {
-		s.stats.Retransmits += uint64(s.ring[i%uint64(len(s.ring))].segs)
+		s.retransmits.Add(uint64(s.ring[i%uint64(len(s.ring))].segs))
 	}
 	s.unsent = s.una
 	return s.sendQueued()

@@ -1,0 +1,239 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// command is rds-bench with args, as a process of its own.
+func command(t *testing.T, args ...string) *exec.Cmd {
+	t.Helper()
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(exe, args...)
+	cmd.Env = append(os.Environ(), mainEnv+"=1")
+	return cmd
+}
+
+// runCommand runs it to its end.
+func runCommand(t *testing.T, args ...string) (stdout, stderr string, code int) {
+	t.Helper()
+	cmd := command(t, args...)
+	var out, errOut bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errOut
+	if err := cmd.Run(); err != nil && cmd.ProcessState == nil {
+		t.Fatal(err)
+	}
+	return out.String(), errOut.String(), cmd.ProcessState.ExitCode()
+}
+
+// quick are flags of a measurement that is over soon, between addresses of tests.
+var quick = []string{"--duration", "50ms", "--warmup", "20ms"}
+
+var localAddrs = testClientAddr + "," + testServerAddr
+
+func TestCommandLocal(t *testing.T) {
+	stdout, stderr, code := runCommand(t, append(quick, "--addr", localAddrs, "--json", "--verify", "--compare", "tcp,udp")...)
+	if code != 0 || stderr != "" {
+		t.Fatalf("exit status %d, standard error:\n%s", code, stderr)
+	}
+	checkSchema(t, []byte(stdout), 4*2*3)
+	if n := strings.Count(stdout, `"verified": true`); n != 4*2*3 {
+		t.Errorf("%d of 24 runs are verified", n)
+	}
+}
+
+func TestCommandTable(t *testing.T) {
+	stdout, stderr, code := runCommand(t, append(quick, "--addr", localAddrs, "--sizes", "64,4KiB", "--bidir", "--sockets", "2", "--depth", "16", "--dialect", "kernel")...)
+	if code != 0 || stderr != "" {
+		t.Fatalf("exit status %d, standard error:\n%s", code, stderr)
+	}
+	for _, want := range []string{"kernel dialect, 2 socket(s), depth 16, both directions", "messages/s", "p99.9 µs", "64 B   rds", "4 KiB   rds", "tcp"} {
+		if !strings.Contains(stdout, want) {
+			t.Errorf("the output does not have %q:\n%s", want, stdout)
+		}
+	}
+}
+
+// One clear line and a status that is not 0.
+func TestCommandErrors(t *testing.T) {
+	used, err := net.Listen("tcp", testServerAddr+":0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer used.Close()
+	// RoCE's port on the client's address is somebody else's.
+	roce, err := net.ListenPacket("udp", testClientAddr+":0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer roce.Close()
+	rocePort := strconv.Itoa(roce.LocalAddr().(*net.UDPAddr).Port)
+	free, err := net.Listen("tcp", testServerAddr+":0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	nobody := free.Addr().String()
+	free.Close()
+
+	for _, tc := range []struct {
+		name string
+		args []string
+		code int
+		want string
+	}{
+		{"unknown flag", []string{"--speed"}, 2, "unknown flag: --speed"},
+		{"unknown flag of a subcommand", []string{"client", "--speed"}, 2, "unknown flag: --speed"},
+		{"bad size", []string{"--sizes", "64,2MiB"}, 2, `"2MiB" is not a size`},
+		{"bad baseline", []string{"--compare", "sctp"}, 2, `"sctp" is none of tcp, udp, none`},
+		{"bad dialect", []string{"--dialect", "latin"}, 2, `"latin" is neither kernel nor open`},
+		{"several", []string{"--sockets", "0", "--duration", "-1s"}, 2, "--sockets: 0 is not between 1 and 1024; --duration: -1s is not positive"},
+		{"one address", []string{"--addr", "127.0.0.1"}, 2, "not two addresses"},
+		{"same address twice", []string{"--addr", "127.0.0.1,127.0.0.1"}, 2, "an address each"},
+		{"unexpected argument", []string{"now"}, 2, `unexpected argument "now"`},
+		{"client without a server", []string{"client"}, 2, "needs the server's address"},
+		{"client with a bad port", []string{"client", "127.0.0.1:http"}, 2, `"http" is not a port`},
+		{"server with a bad address", []string{"server", "--addr", "here"}, 2, "--addr"},
+		{"peer that is not there", []string{"client", nobody}, 1, "connection refused"},
+		{"address in use", []string{"server", "--addr", used.Addr().String()}, 1, "address already in use"},
+		{"address of nobody", []string{"--addr", "127.0.77.1,192.0.2.1"}, 1, "192.0.2.1"},
+		{"RoCE port in use", []string{"--addr", localAddrs, "--roce-port", rocePort}, 1, "address in use"},
+		{"profile into nowhere", []string{"--addr", localAddrs, "--cpuprofile", "/nowhere/x"}, 1, "/nowhere/x"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			stdout, stderr, code := runCommand(t, tc.args...)
+			if code != tc.code || stdout != "" {
+				t.Errorf("exit status %d, want %d; standard output:\n%s", code, tc.code, stdout)
+			}
+			if !strings.Contains(stderr, tc.want) || strings.Count(stderr, "\n") != 1 || !strings.HasPrefix(stderr, "rds-bench: ") {
+				t.Errorf("standard error is not one line with %q:\n%s", tc.want, stderr)
+			}
+		})
+	}
+}
+
+// startServer runs the server subcommand and returns its control address.
+func startServer(t *testing.T) netip.AddrPort {
+	t.Helper()
+	cmd := command(t, "server", "--addr", testServerAddr+":0")
+	stderr, err := cmd.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := cmd.Process.Signal(os.Interrupt); err != nil {
+			t.Error(err)
+		}
+		if err := cmd.Wait(); err != nil {
+			t.Errorf("the server after an interrupt: %v", err)
+		}
+	})
+	line, err := bufio.NewReader(stderr).ReadString('\n')
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, addr, ok := strings.Cut(strings.TrimSpace(line), "control=")
+	if !ok {
+		t.Fatalf("the server says %q", line)
+	}
+	control, err := netip.ParseAddrPort(addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return control
+}
+
+func TestCommandTwoHosts(t *testing.T) {
+	control := startServer(t)
+	for range 2 { // one after another
+		stdout, stderr, code := runCommand(t, append(quick, "client", control.String(), "--addr", testClientAddr, "--sizes", "64", "--json", "--verify")...)
+		if code != 0 || stderr != "" {
+			t.Fatalf("exit status %d, standard error:\n%s", code, stderr)
+		}
+		checkSchema(t, []byte(stdout), 4)
+	}
+}
+
+func TestCommandServerBusy(t *testing.T) {
+	control := startServer(t)
+	first, err := net.Dial("tcp", control.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer first.Close()
+	// Its hello is answered when it is the server's client.
+	c := newControlConn(first)
+	if err := c.write(request{Op: opHello, Version: controlVersion, RDS: &rdsOptions{Dialect: dialectOpen, Port: 4791}}); err != nil {
+		t.Fatal(err)
+	}
+	var res response
+	if err := c.read(&res); err != nil || res.Error != "" {
+		t.Fatal(err, res.Error)
+	}
+	_, stderr, code := runCommand(t, "client", control.String(), "--addr", testClientAddr)
+	if code != 1 || !strings.Contains(stderr, "busy with another client") {
+		t.Errorf("exit status %d, standard error:\n%s", code, stderr)
+	}
+}
+
+func TestCommandInterrupt(t *testing.T) {
+	cmd := command(t, "--addr", localAddrs, "--duration", "400ms", "--warmup", "0s", "--json", "--sizes", "64,64,64,64,64,64,64,64,64,64")
+	var out, errOut bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errOut
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	interrupt := time.AfterFunc(1500*time.Millisecond, func() { _ = cmd.Process.Signal(syscall.SIGINT) })
+	defer interrupt.Stop()
+	if err := cmd.Wait(); err != nil {
+		t.Fatalf("%v; standard error:\n%s", err, errOut.String())
+	}
+	var done, of int
+	if _, err := fmt.Sscanf(errOut.String(), "rds-bench: interrupted after %d of %d runs\n", &done, &of); err != nil || done < 1 || of != 40 {
+		t.Errorf("standard error: %q", errOut.String())
+	}
+	checkSchema(t, out.Bytes(), done)
+}
+
+// A parent that is killed takes its child with it.
+func TestCommandParentKilled(t *testing.T) {
+	cmd := command(t, "--addr", localAddrs, "--duration", "1m", "--sizes", "64")
+	stderr, err := cmd.StderrPipe() // the child holds the other end, too
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(500 * time.Millisecond) // into the first run, as far as it got
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		_, _ = io.Copy(io.Discard, stderr)
+	}()
+	select {
+	case <-ended:
+	case <-time.After(15 * time.Second):
+		t.Error("the child still runs")
+	}
+	_ = cmd.Wait() // killed
+}
