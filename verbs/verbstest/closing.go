@@ -32,8 +32,8 @@ func (l *lab) wantBusy(what string, err error) *verbs.BusyError {
 	return e
 }
 
-// wantRefused ends the case unless err says that an object handed in cannot be used.
-func (l *lab) wantRefused(what string, err error) {
+// wantUnusable ends the case unless err says that an object handed in cannot be used.
+func (l *lab) wantUnusable(what string, err error) {
 	l.Helper()
 	if !errors.Is(err, verbs.ErrClosed) && !errors.Is(err, verbs.ErrInvalid) {
 		l.Fatalf("%s: error is %v, want one of ErrClosed, ErrInvalid", what, err)
@@ -124,14 +124,14 @@ func useAfterClose(l *lab) {
 	cfg := l.a.qpConfig(verbs.RC)
 	cfg.SendCQ, cfg.RecvCQ = p.a.scq, p.a.rcq
 	_, err = l.a.pd.CreateQP(cfg)
-	l.wantRefused("CreateQP over a closed CQ", err)
+	l.wantUnusable("CreateQP over a closed CQ", err)
 
 	srq := l.a.srq(4, 1)
 	l.must("close the SRQ", srq.Close())
 	l.wantErr("Arm of a closed SRQ", srq.Arm(1), verbs.ErrClosed)
 	cfg.SendCQ, cfg.SRQ = p.a.rcq, srq
 	_, err = l.a.pd.CreateQP(cfg)
-	l.wantRefused("CreateQP over a closed SRQ", err)
+	l.wantUnusable("CreateQP over a closed SRQ", err)
 
 	pd := l.a.allocPD()
 	l.must("close the PD", pd.Close())

@@ -78,6 +78,10 @@ type acceptor struct {
 	out  chan conn
 }
 
+// handlerRuns is room for what handlers report. A reject that the network loses brings the request,
+// and so the handler, back: a handler must not get stuck on its second run.
+const handlerRuns = 64
+
 // accept listens on port with n QPs to accept with.
 func (n *node) accept(port uint16, qps int, param verbs.ConnParam) *acceptor {
 	n.l.Helper()
@@ -299,7 +303,7 @@ var errTest = errors.New("the test says no")
 
 func cmPrepareFails(l *lab) {
 	eb := l.b.newEnd(l.b.qpConfig(verbs.RC))
-	out := make(chan error, 1)
+	out := make(chan error, handlerRuns)
 	l.b.listen(7000, func(req verbs.ConnRequest) {
 		ep, err := req.Accept(context.Background(), eb.qp, cmParam(nil), func() error { return errTest })
 		if ep != nil {
@@ -327,7 +331,7 @@ func cmReject(l *lab) {
 		data := l.nextPattern(n)
 		port := uint16(7000 + i)
 		var info verbs.Connected
-		out := make(chan error, 1)
+		out := make(chan error, handlerRuns)
 		l.b.listen(port, func(req verbs.ConnRequest) {
 			info = req.Info()
 			out <- req.Reject(data)
@@ -366,7 +370,7 @@ func cmAnswerTwice(l *lab) {
 		ep            verbs.Endpoint
 		first, second error
 	}
-	out := make(chan answers, 1)
+	out := make(chan answers, handlerRuns)
 	l.b.listen(7000, func(req verbs.ConnRequest) {
 		ep, first := req.Accept(context.Background(), eb.qp, cmParam(nil), nil)
 		out <- answers{ep, first, req.Reject(nil)}
@@ -429,7 +433,7 @@ func cmUnreachable(l *lab) {
 // cmSlowAcceptor: the active side gives up while the acceptor thinks; the acceptor is told.
 func cmSlowAcceptor(l *lab) {
 	eb := l.b.newEnd(l.b.qpConfig(verbs.RC))
-	release, out := make(chan struct{}), make(chan error, 1)
+	release, out := make(chan struct{}), make(chan error, handlerRuns)
 	l.b.listen(7000, func(req verbs.ConnRequest) {
 		<-release
 		ctx, cancel := context.WithTimeout(context.Background(), patience)
@@ -472,7 +476,7 @@ func cmContextDone(l *lab) {
 }
 
 func cmTooLong(l *lab) {
-	out := make(chan [2]error, 1)
+	out := make(chan [2]error, handlerRuns)
 	eb := l.b.newEnd(l.b.qpConfig(verbs.RC))
 	l.b.listen(7000, func(req verbs.ConnRequest) {
 		_, accept := req.Accept(context.Background(), eb.qp, cmParam(make([]byte, 197)), nil)

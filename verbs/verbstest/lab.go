@@ -591,6 +591,20 @@ func (e *end) wantSendStatus(what string, st verbs.WCStatus, ids ...uint64) {
 	}
 }
 
+// wantRefused expects send request id to fail with st, as the peer's NAK says. A NAK is sent once
+// and its sender's QP is in ERR then: where the network may lose it, the request runs out of retries
+// instead.
+func (e *end) wantRefused(what string, st verbs.WCStatus, id uint64) {
+	e.l.Helper()
+	wc := e.nextWC(what, e.scq)
+	if e.l.env.Lossy && wc.Status == verbs.WCRetryExcErr {
+		st = verbs.WCRetryExcErr
+	}
+	if msg := diffWC(wc, verbs.WC{ID: id, Status: st, QPN: e.qp.Num()}); msg != "" {
+		e.l.Fatalf("%s: completion on %s: %s", what, e.name, msg)
+	}
+}
+
 // wantRecvStatus expects receive requests ids to complete with st, in order.
 func (e *end) wantRecvStatus(what string, st verbs.WCStatus, ids ...uint64) {
 	e.l.Helper()

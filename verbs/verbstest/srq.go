@@ -145,7 +145,7 @@ func srqInUse(l *lab) {
 	l.srqPost(srq, verbs.RecvWR{ID: 1, SGs: r.sg(0, 10)}, verbs.RecvWR{ID: 2, SGs: r.sg(20, 10)})
 	p.a.send(sendWR(5, l.a.region(11, 0).sg(0, 11)))
 	p.b.wantRecvStatus("the request in use takes the error", verbs.WCLocLenErr, 1)
-	p.a.wantSendStatus("the sender is told", verbs.WCRemInvReqErr, 5)
+	p.a.wantRefused("the sender is told", verbs.WCRemInvReqErr, 5)
 	l.b.wantEvent("the QP takes no more", ofQP(p.b.qp), verbs.EventQPLastWQEReached)
 	p.b.wantQuiet("no other request is touched")
 	ps[1].ping(0)

@@ -326,7 +326,7 @@ func accessInRTS(l *lab) {
 	l.must("forbid READs", p.b.qp.Modify(verbs.QPAttr{Access: verbs.AccessRemoteWrite}, verbs.QPAccessBit))
 	p.a.send(remoteWR(2, verbs.OpWrite, newSink(p.a), r, 0), remoteWR(3, verbs.OpRead, newSink(p.a), r, 0))
 	p.a.wantSent("WRITEs still are", 2, verbs.WCWrite)
-	p.a.wantSendStatus("READs are not", verbs.WCRemInvReqErr, 3)
+	p.a.wantRefused("READs are not", verbs.WCRemInvReqErr, 3)
 }
 
 func (p *pair) toSQD(e *end, notify bool) {
@@ -438,9 +438,7 @@ func resetReuse(l *lab) {
 			p.b.wantRecvStatus("receives flush", verbs.WCFlushErr, 50, 51)
 		case 2: // in the middle of something
 			p.a.send(sendWR(60, l.a.region(1<<18, 0).sg(0, 1<<18)))
-			if wc := p.a.nextWC("the SEND", p.a.scq); wc.Status != verbs.WCRemInvReqErr {
-				l.Fatalf("a SEND of 256 KiB into an empty receive: %v", wc.Status)
-			}
+			p.a.wantRefused("a SEND of 256 KiB into an empty receive", verbs.WCRemInvReqErr, 60)
 			p.b.wantRecvStatus("the receive is too short", verbs.WCLocLenErr, 50)
 			p.b.wantRecvStatus("the other flushes", verbs.WCFlushErr, 51)
 		}

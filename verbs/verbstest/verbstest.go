@@ -36,7 +36,7 @@ type Env struct {
 	// that want it are skipped when it is nil.
 	Partition func(cut bool)
 	// Lossy says that the network loses, repeats or reorders packets: that an unreliable datagram
-	// arrives is then not asserted.
+	// arrives, or the one NAK that says why a request was refused, is then not asserted.
 	Lossy bool
 	// Settle is how long nothing must happen before the suite believes that nothing will. Zero: 20 ms.
 	Settle time.Duration
