@@ -63,6 +63,9 @@ type Config struct {
 	// Zero: DefaultMaxPeerBytes; at least 2 MiB.
 	MaxPeerBytes int
 
+	// MaxSlabBytes bounds the memory that is sent from and received into, of all connections together. Zero: 1 GiB.
+	MaxSlabBytes int64
+
 	// MaxLentBytes bounds, per socket, the memory shared with other messages that received messages
 	// keep until Release; messages beyond it are copied. Zero: DefaultMaxLentBytes; negative: all are copied.
 	MaxLentBytes int
@@ -104,6 +107,9 @@ func (c *Config) validate() error {
 	}
 	if c.MaxPeerBytes != 0 && c.MaxPeerBytes < minPeerBytes {
 		bad("MaxPeerBytes of %d bytes, needs at least %d", c.MaxPeerBytes, minPeerBytes)
+	}
+	if c.MaxSlabBytes < 0 {
+		bad("MaxSlabBytes of %d", c.MaxSlabBytes)
 	}
 	if c.HoldBytes < 0 {
 		bad("HoldBytes of %d", c.HoldBytes)

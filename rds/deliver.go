@@ -36,40 +36,79 @@ func (k sink) PeerUp(local, remote netip.Addr) {
 	k.svc.log.Info("peer is reachable again", "local", local, "peer", remote)
 }
 
-// run is a number of consecutive datagrams for one socket, appended under one lock.
+// run is what one batch has brought one socket so far.
 type run struct {
-	s        *Socket
-	wasEmpty bool
-	msgs     int
-	bytes    int64
-	charge   int64
+	s      *Socket
+	wake   bool // there was nothing to read before
+	msgs   int
+	bytes  int64
+	charge int64
 }
 
-func (r *run) begin(s *Socket) {
-	*r = run{s: s}
+// maxRuns is how many sockets a batch keeps apart. Datagrams of more than that interleaved cost some atomic additions
+// more each.
+const maxRuns = 16
+
+// runs are those of one batch. At most one socket's queue is locked at a time, since another batch may bring
+// to the same sockets in another order.
+type runs struct {
+	rs     [maxRuns]run
+	n      int
+	locked *Socket // whose queue is locked, nil if none
+	victim int
+}
+
+// to makes s's run the current one.
+func (b *runs) to(s *Socket) *run {
+	b.unlock()
+	i := 0
+	for i < b.n && b.rs[i].s != s {
+		i++
+	}
+	if i == b.n {
+		if b.n < maxRuns {
+			b.n++
+		} else {
+			i = b.victim
+			b.victim = (b.victim + 1) % maxRuns
+			b.rs[i].end()
+		}
+		b.rs[i] = run{s: s}
+	}
+	r := &b.rs[i]
 	s.q.inMu.Lock()
-	r.wasEmpty = s.q.in == nil
+	if s.q.in == nil {
+		r.wake = true
+	}
+	b.locked = s
+	return r
+}
+
+func (b *runs) unlock() {
+	if b.locked != nil {
+		b.locked.q.inMu.Unlock()
+		b.locked = nil
+	}
+}
+
+func (b *runs) end() {
+	b.unlock()
+	for i := range b.rs[:b.n] {
+		b.rs[i].end()
+	}
 }
 
 // end accounts for the run, wakes a reader if there was nothing to read before, and tells the world
-// if the socket has got too much.
+// if the socket has got too much. A reader may have consumed some of it by now: the counts are below zero
+// for that moment.
 func (r *run) end() {
-	s := r.s
-	if s == nil {
-		return
-	}
-	r.s = nil
-	q := &s.q
-	var total, charge int64
-	if r.msgs > 0 {
-		total = q.bytes.Add(r.bytes)
-		charge = q.charge.Add(r.charge)
-	}
-	q.inMu.Unlock()
 	if r.msgs == 0 {
 		return
 	}
-	if r.wasEmpty {
+	s := r.s
+	q := &s.q
+	total, charge := q.bytes.Add(r.bytes), q.charge.Add(r.charge)
+	if r.wake {
 		q.readers.wakeOne()
 	}
 	c := &s.svc.ctr
@@ -86,24 +125,26 @@ func (svc *Service) deliver(p *peer, msgs []conn.Incoming, limit int64) int {
 	la := p.la
 	room := limit - p.queued.Load()
 	var (
-		cur   run
+		batch runs
+		r     *run // the current one, whose queue is locked; nil if none
 		total int64
 		n     int
 	)
 	for ; n < len(msgs); n++ {
 		m := &msgs[n]
-		s := cur.s
-		if s == nil || s.port != m.DstPort {
-			if s = la.ports.lookup(m.DstPort); s == nil {
-				cur.end()
+		if r == nil || r.s.port != m.DstPort {
+			s := la.ports.lookup(m.DstPort)
+			if s == nil {
+				batch.unlock()
+				r = nil
 				if s = la.deliverUnbound(p, m, &total); s == nil {
 					continue
 				}
 			}
-			cur.end()
-			cur.begin(s)
+			r = batch.to(s)
 		}
-		if s.q.closed {
+		q := &r.s.q
+		if q.closed {
 			svc.ctr.recvDropDeadSock.Add(1)
 			continue
 		}
@@ -112,16 +153,16 @@ func (svc *Service) deliver(p *peer, msgs []conn.Incoming, limit int64) int {
 			svc.ctr.recvPeerLimit.Add(1)
 			break
 		}
-		s.q.pushLocked(p.index, m)
+		q.pushLocked(p.index, m)
 		total += charge
-		cur.msgs++
-		cur.bytes += int64(m.Len)
-		cur.charge += charge
+		r.msgs++
+		r.bytes += int64(m.Len)
+		r.charge += charge
 	}
 	if total != 0 {
 		p.queued.Add(total)
 	}
-	cur.end()
+	batch.end()
 	return n
 }
 

@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/openrds/openrds/conn"
+	"github.com/openrds/openrds/ibdev"
 )
 
 // fakeNet joins Services without connections: what one sends is delivered to the other on the sender's stack. Tests
@@ -30,7 +31,7 @@ type fakeTransport struct {
 
 	mu       sync.Mutex
 	listen   func(netip.Addr) error // nil: succeeds
-	sendErr  error                  // what Send says next, until it is changed
+	sendErr  error                  // what SendMsg says next, until it is changed
 	withhold bool                   // keep acknowledgements for ack
 	unacked  []fakeSent
 	progress func() bool
@@ -100,7 +101,7 @@ func (tr *fakeTransport) Progress() bool {
 	return f != nil && f()
 }
 
-func (tr *fakeTransport) Stats() TransportStats { return TransportStats{} }
+func (tr *fakeTransport) Stats() (conn.Stats, []ibdev.DeviceStats) { return conn.Stats{}, nil }
 
 func (tr *fakeTransport) Close(context.Context) (int, error) {
 	tr.mu.Lock()
@@ -129,7 +130,7 @@ type fakeLink struct {
 	local, remote netip.Addr
 }
 
-func (l *fakeLink) Send(o conn.Owner, srcPort, dstPort uint16, payload []byte) error {
+func (l *fakeLink) SendMsg(o conn.Owner, srcPort, dstPort uint16, payload []byte, _ conn.SendFlags) error {
 	l.tr.mu.Lock()
 	if err := l.tr.sendErr; err != nil {
 		l.tr.mu.Unlock()

@@ -28,7 +28,7 @@ func newLocalLink(p *peer, to *localAddr) *localLink {
 	return &localLink{from: p, back: to.peer(p.la.addr)}
 }
 
-func (l *localLink) Send(o conn.Owner, srcPort, dstPort uint16, payload []byte) error {
+func (l *localLink) SendMsg(o conn.Owner, srcPort, dstPort uint16, payload []byte, _ conn.SendFlags) error {
 	to, m := l.back, [1]conn.Incoming{{SrcPort: srcPort, DstPort: dstPort, Len: len(payload), First: conn.Frag{Data: payload}}}
 	if dstPort == PingPort {
 		// The stack answers, whatever the payload (rds-protocol spec 2.6).

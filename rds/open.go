@@ -14,20 +14,23 @@ import (
 	"github.com/openrds/openrds/verbs/softroce"
 )
 
+// teardownBound is how long Close waits for devices after the last connection is gone; longer means a leaked
+// reference, which the error names.
+const teardownBound = 10 * time.Second
+
 // stack is the transport of a Service: everything below the sockets, built here and taken down
 // here.
 type stack struct {
-	mgr    *conn.Manager
-	reg    *ibdev.Registry
-	slab   *slab.Slab
-	epoch  *epoch.Domain
-	linger time.Duration
+	mgr   *conn.Manager
+	reg   *ibdev.Registry
+	slab  *slab.Slab
+	epoch *epoch.Domain
 }
 
 func openTransport(cfg *Config, k conn.Sink) (transport, error) {
 	st := &stack{epoch: epoch.NewDomain()}
 	var err error
-	if st.slab, err = slab.New(slab.Config{Epoch: st.epoch}); err != nil {
+	if st.slab, err = slab.New(slab.Config{MaxBytes: cfg.MaxSlabBytes, Name: "rds"}); err != nil {
 		return nil, errors.Join(err, st.epoch.Close())
 	}
 	providers := cfg.Providers
@@ -62,17 +65,18 @@ func (st *stack) SetCongested(local netip.Addr, port uint16, on bool) {
 
 func (st *stack) Progress() bool { return st.mgr.Progress() }
 
-func (st *stack) Stats() TransportStats {
-	t := TransportStats{Conn: st.mgr.Stats(), Devices: make(map[string]map[string]uint64)}
+func (st *stack) Stats() (conn.Stats, []ibdev.DeviceStats) {
+	var devs []ibdev.DeviceStats
 	for _, d := range st.reg.Devices() {
-		t.Devices[d.Name()] = d.Stats()
+		devs = append(devs, d.Stats())
 	}
-	return t
+	return st.mgr.Stats(), devs
 }
 
 // Close takes everything down in the order in which it was built, backwards. Each step ends what uses the next.
 func (st *stack) Close(ctx context.Context) (int, error) {
 	n, err := st.mgr.Close(ctx)
-	ctx = context.Background()
+	ctx, cancel := context.WithTimeout(context.Background(), teardownBound)
+	defer cancel()
 	return n, errors.Join(err, st.reg.Close(ctx), st.epoch.Close(), st.slab.Close())
 }

@@ -69,8 +69,9 @@ func (s *Socket) offer(d *dest, port uint16, p []byte) error {
 		return ErrCongested
 	}
 	delta := uint64(sndOne) | uint64(len(p))
+	var v uint64
 	for {
-		v := s.snd.Load()
+		v = s.snd.Load()
 		if s.full(v) {
 			return ErrNoBufferSpace
 		}
@@ -78,7 +79,14 @@ func (s *Socket) offer(d *dest, port uint16, p []byte) error {
 			break
 		}
 	}
-	if err := d.link.Send(s.owner(), s.port, port, p); err != nil {
+	// A buffer that has become half full, or full, wants an acknowledgement soon (rds-protocol spec 3.6). The
+	// kernel asks with every message above half.
+	var flags conn.SendFlags
+	before, after, sndbuf := int64(v&sndMask), int64((v+delta)&sndMask), s.sndbuf.Load()
+	if before < sndbuf/2 && after >= sndbuf/2 || after >= sndbuf {
+		flags = conn.AckNow
+	}
+	if err := d.link.SendMsg(s.owner(), s.port, port, p, flags); err != nil {
 		s.refund(delta)
 		return err
 	}

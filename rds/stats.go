@@ -8,6 +8,7 @@ import (
 	"unicode"
 
 	"github.com/openrds/openrds/conn"
+	"github.com/openrds/openrds/ibdev"
 )
 
 // counters are a Service's own. They are added to once per run or block, not per message.
@@ -69,15 +70,8 @@ type Stats struct {
 	CongestedSockets  uint64 // gauge
 	ReceiveBufsPinned uint64 // gauge: bytes of receive buffers kept by queues and loans
 
-	Conn conn.Stats // of all connections
-	// Devices are the providers' own counters, per device.
-	Devices map[string]map[string]uint64
-}
-
-// TransportStats are the counters below the sockets.
-type TransportStats struct {
-	Conn    conn.Stats
-	Devices map[string]map[string]uint64
+	Conn    conn.Stats // of all connections
+	Devices []ibdev.DeviceStats
 }
 
 // Stats takes a snapshot. It is not atomic across counters.
@@ -121,8 +115,7 @@ func (svc *Service) Stats() Stats {
 	st.CongestedPort = c.congSet.Load()
 	st.PeerDownReported = c.peerDown.Load()
 	st.PeerUpReported = c.peerUp.Load()
-	t := svc.tr.Stats()
-	st.Conn, st.Devices = t.Conn, t.Devices
+	st.Conn, st.Devices = svc.tr.Stats()
 	return st
 }
 
@@ -136,23 +129,24 @@ type Counter struct {
 // "device/counter".
 func (st Stats) Counters() []Counter {
 	var cs []Counter
-	cs = appendFields(cs, reflect.ValueOf(st))
-	cs = appendFields(cs, reflect.ValueOf(st.Conn))
+	cs = appendFields(cs, "", reflect.ValueOf(st))
+	cs = appendFields(cs, "", reflect.ValueOf(st.Conn))
 	slices.SortStableFunc(cs, func(a, b Counter) int { return kernelRank(a.Name) - kernelRank(b.Name) })
 	var devs []Counter
-	for dev, m := range st.Devices {
-		for name, v := range m {
-			devs = append(devs, Counter{dev + "/" + name, v})
+	for _, d := range st.Devices {
+		devs = appendFields(devs, d.Name+"/", reflect.ValueOf(d))
+		for name, v := range d.Provider {
+			devs = append(devs, Counter{d.Name + "/" + name, v})
 		}
 	}
 	slices.SortFunc(devs, func(a, b Counter) int { return strings.Compare(a.Name, b.Name) })
 	return append(cs, devs...)
 }
 
-func appendFields(cs []Counter, v reflect.Value) []Counter {
+func appendFields(cs []Counter, prefix string, v reflect.Value) []Counter {
 	for i := range v.NumField() {
 		if f := v.Field(i); f.Kind() == reflect.Uint64 {
-			cs = append(cs, Counter{snake(v.Type().Field(i).Name), f.Uint()})
+			cs = append(cs, Counter{prefix + snake(v.Type().Field(i).Name), f.Uint()})
 		}
 	}
 	return cs

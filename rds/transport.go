@@ -5,6 +5,7 @@ import (
 	"net/netip"
 
 	"github.com/openrds/openrds/conn"
+	"github.com/openrds/openrds/ibdev"
 )
 
 // transport is what a Service needs of a conn.Manager. Tests put their own in its place.
@@ -19,7 +20,7 @@ type transport interface {
 	// Progress does the provider's work that is due and reports whether there was any.
 	Progress() bool
 	// Stats are the counters of everything below.
-	Stats() TransportStats
+	Stats() (conn.Stats, []ibdev.DeviceStats)
 	// Close lingers until all messages are acknowledged or ctx is done, then ends all. It says
 	// how many messages it abandoned.
 	Close(ctx context.Context) (abandoned int, err error)
@@ -27,8 +28,8 @@ type transport interface {
 
 // link is what a Socket needs to send to one host: a *conn.Conn or a localLink. No method waits.
 type link interface {
-	// Send queues a copy of payload. o.Released tells of its end.
-	Send(o conn.Owner, srcPort, dstPort uint16, payload []byte) error
+	// SendMsg queues a copy of payload. o.Released tells of its end.
+	SendMsg(o conn.Owner, srcPort, dstPort uint16, payload []byte, flags conn.SendFlags) error
 	// Flush sends what still waits for company. Callers that are about to wait call it.
 	Flush()
 	// PeerCongested reports whether the peer's map has port's bit set.

@@ -1,0 +1,82 @@
+package rds
+
+import (
+	"context"
+	"testing"
+)
+
+const allocDatagrams = 100_000
+
+// skipIfAllocating: the race detector and -tags invariants allocate on their own.
+func wantNoAllocs(t *testing.T, what string, per int, f func()) {
+	t.Helper()
+	if raceEnabled {
+		t.Skip("the race detector makes sync.Pool forget things")
+	}
+	if n := testing.AllocsPerRun(1, func() {
+		for range allocDatagrams / per {
+			f()
+		}
+	}); n > allocDatagrams/10000 { // the collector empties pools now and then
+		t.Errorf("%s: %.0f allocations for %d datagrams", what, n, allocDatagrams)
+	}
+}
+
+func TestNoAllocs(t *testing.T) {
+	svc, s := openNull(t)
+	p := make([]byte, 64)
+	to := ap(addrB, 4000)
+	wantNoAllocs(t, "WriteToAddrPort", 1, func() {
+		if _, err := s.WriteToAddrPort(p, to); err != nil {
+			t.Fatal(err)
+		}
+	})
+	ctx := context.Background()
+	wantNoAllocs(t, "Send", 1, func() {
+		if err := s.Send(ctx, Message{Peer: to, Data: p}); err != nil {
+			t.Fatal(err)
+		}
+	})
+	peer := svc.peerOf(addrA, addrB)
+	ms := batch64(4000)
+	wantNoAllocs(t, "ReadFromAddrPort", len(ms), func() {
+		svc.deliver(peer, ms, maxInt64)
+		for range ms {
+			if _, _, err := s.ReadFromAddrPort(p); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+	wantNoAllocs(t, "ReadFrom", len(ms), func() {
+		svc.deliver(peer, ms, maxInt64)
+		for range ms {
+			if _, _, err := s.ReadFrom(p); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+	wantNoAllocs(t, "Receive", len(ms), func() {
+		svc.deliver(peer, ms, maxInt64)
+		for range ms {
+			m, err := s.Receive(ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			m.Release()
+		}
+	})
+	big := batch64(4000)
+	for i := range big {
+		big[i].Len, big[i].First.Data = 100000, make([]byte, 100000)
+	}
+	q := make([]byte, 100000)
+	wantNoAllocs(t, "ReadFromAddrPort of 100 kB", 100, func() {
+		svc.deliver(peer, big[:4], maxInt64)
+		for range 4 {
+			if _, _, err := s.ReadFromAddrPort(q); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+	s.last.Load().link.(*nullLink).drained(s.owner())
+}
