@@ -14,6 +14,7 @@ import (
 	"os/signal"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -95,13 +96,13 @@ func (ch *child) stop() error {
 	return nil
 }
 
-// childContext is done when the parent closes stdin, or has ended. A terminal sends an interrupt to both of
-// us; it is the parent that decides what follows from it.
+// childContext is done when the parent closes stdin, or has ended, or at SIGTERM. A terminal sends an interrupt
+// to both of us; it is the parent that decides what follows from it.
 func childContext(ctx context.Context, stdin io.Reader) context.Context {
 	signal.Ignore(os.Interrupt)
-	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	ctx, stop := signal.NotifyContext(context.WithoutCancel(ctx), syscall.SIGTERM)
 	go func() {
-		defer cancel()
+		defer stop()
 		_, _ = io.Copy(io.Discard, stdin)
 	}()
 	return ctx
