@@ -1,6 +1,7 @@
 package rds
 
 import (
+	"maps"
 	"reflect"
 	"slices"
 	"strings"
@@ -70,8 +71,10 @@ type Stats struct {
 	CongestedSockets  uint64 // gauge
 	ReceiveBufsPinned uint64 // gauge: bytes of receive buffers kept by queues and loans
 
-	Conn    conn.Stats // of all connections
-	Devices []ibdev.DeviceStats
+	Conn conn.Stats // of all connections
+	// Devices are the counters of each device by its name: the provider's under the provider's names, and those of
+	// its receive queues.
+	Devices map[string]map[string]uint64
 }
 
 // Stats takes a snapshot. It is not atomic across counters.
@@ -115,7 +118,17 @@ func (svc *Service) Stats() Stats {
 	st.CongestedPort = c.congSet.Load()
 	st.PeerDownReported = c.peerDown.Load()
 	st.PeerUpReported = c.peerUp.Load()
-	st.Conn, st.Devices = svc.tr.Stats()
+	var devs []ibdev.DeviceStats
+	st.Conn, devs = svc.tr.Stats()
+	st.Devices = make(map[string]map[string]uint64, len(devs))
+	for _, d := range devs {
+		m := make(map[string]uint64, len(d.Provider)+16)
+		for _, c := range appendFields(nil, reflect.ValueOf(d)) {
+			m[c.Name] = c.Value
+		}
+		maps.Copy(m, d.Provider)
+		st.Devices[d.Name] = m
+	}
 	return st
 }
 
@@ -129,24 +142,23 @@ type Counter struct {
 // "device/counter".
 func (st Stats) Counters() []Counter {
 	var cs []Counter
-	cs = appendFields(cs, "", reflect.ValueOf(st))
-	cs = appendFields(cs, "", reflect.ValueOf(st.Conn))
+	cs = appendFields(cs, reflect.ValueOf(st))
+	cs = appendFields(cs, reflect.ValueOf(st.Conn))
 	slices.SortStableFunc(cs, func(a, b Counter) int { return kernelRank(a.Name) - kernelRank(b.Name) })
 	var devs []Counter
-	for _, d := range st.Devices {
-		devs = appendFields(devs, d.Name+"/", reflect.ValueOf(d))
-		for name, v := range d.Provider {
-			devs = append(devs, Counter{d.Name + "/" + name, v})
+	for dev, m := range st.Devices {
+		for name, v := range m {
+			devs = append(devs, Counter{dev + "/" + name, v})
 		}
 	}
 	slices.SortFunc(devs, func(a, b Counter) int { return strings.Compare(a.Name, b.Name) })
 	return append(cs, devs...)
 }
 
-func appendFields(cs []Counter, prefix string, v reflect.Value) []Counter {
+func appendFields(cs []Counter, v reflect.Value) []Counter {
 	for i := range v.NumField() {
 		if f := v.Field(i); f.Kind() == reflect.Uint64 {
-			cs = append(cs, Counter{prefix + snake(v.Type().Field(i).Name), f.Uint()})
+			cs = append(cs, Counter{snake(v.Type().Field(i).Name), f.Uint()})
 		}
 	}
 	return cs
