@@ -1,7 +1,16 @@
 package conn
 
 import (
+	"errors"
+	"net"
 	"net/netip"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+
+	"github.com/openrds/openrds/ibdev"
+	"github.com/openrds/openrds/internal/epoch"
+	"github.com/openrds/openrds/internal/slab"
 )
 
 // Sink is what a Manager delivers to: the sockets of a Service. Its methods run in completion
@@ -14,6 +23,8 @@ type Sink interface {
 	//
 	// msgs and what they point to belong to the connection once Deliver has returned, except
 	// buffers the Sink took with RecvBuf.Get.
+	//
+	// Deliver may call Manager.SetCongested and Conn.PeerCongested.
 	Deliver(c *Conn, msgs []Incoming) (n int)
 
 	// PeerMapChanged says that the congestion map of remote, as seen by connections from local, was
@@ -27,11 +38,12 @@ type Sink interface {
 	PeerUp(local, remote netip.Addr)
 }
 
-// Owner is who a sent message is accounted to (a socket). Released runs in completion handlers or
-// in the caller of Conn.Cancel: it may not wait.
+// Owner is who a sent message is accounted to (a socket). Owners are compared, so an Owner is a
+// pointer. Released runs in completion handlers or in the caller of Conn.Cancel and
+// Manager.Close: it may not wait, and may not call back into the connection.
 type Owner interface {
 	// Released reports that msgs messages with together bytes of payload of this owner were
-	// acknowledged by the peer, or dropped with the connection at Manager.Close.
+	// acknowledged by the peer, cancelled, or dropped with the connection at Manager.Close.
 	Released(msgs, bytes int)
 }
 
@@ -49,4 +61,181 @@ type Incoming struct {
 type Frag struct {
 	Buf  *RecvBuf
 	Data []byte
+}
+
+// RecvBuf is a receive buffer. A Sink that keeps a message takes a reference with Get inside Deliver and
+// gives it back with Put from anywhere, at any time; with the last one the buffer
+// returns to its receive queue. Whoever may keep a buffer for long asks Scarce first, and copies instead
+// if it says so: one small message pins the whole buffer.
+type RecvBuf = ibdev.RecvBuf
+
+// SendFlags modify Conn.Send.
+type SendFlags uint8
+
+// Send flags.
+const (
+	// AckNow asks the peer to acknowledge at once (and releases the owner's buffer space soonest): for a
+	// socket that has filled half its send buffer (rds-protocol spec 3.6).
+	AckNow SendFlags = 1 << iota
+	// More says that the caller has further messages for this connection at hand: nothing is posted for
+	// this one unless a full SEND is there. Conn.Flush ends it.
+	More
+)
+
+// Conditions a caller acts on.
+var (
+	ErrClosed = net.ErrClosed
+	// ErrNoMemory: the slab is exhausted, or the connection holds as many messages as it may. Nothing was
+	// queued.
+	ErrNoMemory = errors.New("no buffer memory")
+	// ErrTooManyConns: the Manager holds as many connections as it may.
+	ErrTooManyConns = errors.New("too many connections")
+	// ErrNoDevice: no device owns the local address. It is verbs.ErrNoSuchAddress or wraps it.
+	ErrNoDevice = ibdev.ErrNoDevice
+	// ErrMessageTooLong: above MaxMessage.
+	ErrMessageTooLong = errors.New("message too long")
+)
+
+// MaxMessage is the largest payload of a datagram in bytes (rds-protocol spec 1.1).
+const MaxMessage = 1 << 20
+
+// Ports of the CM listeners (rds-protocol spec 1.1, 3.1).
+const (
+	CMPort4 = 18634
+	CMPort6 = 16385
+)
+
+// PingSourcePort is the RDS port our own pings (heartbeats, Conn.Ping) come from. It is left out of
+// automatic binding; a socket bound to it works, but its own pongs cannot be told from ours.
+const PingSourcePort = 65535
+
+// Dialect is how a Manager presents itself to peers.
+type Dialect uint8
+
+const (
+	// DialectOpen sends our mark and packs SENDs towards a peer that sends it too; a peer without it is treated
+	// as a kernel.
+	DialectOpen Dialect = iota
+	// DialectKernelOnly behaves towards everybody as towards a kernel, and like one: no mark is sent, none
+	// is looked at.
+	DialectKernelOnly
+)
+
+// Config are the parameters of a Manager. Zero values are the defaults given; nobody changes it
+// after NewManager.
+type Config struct {
+	Registry *ibdev.Registry // required
+	Slab     *slab.Slab      // required: the one the Registry's devices register
+	Epoch    *epoch.Domain   // required
+	Sink     Sink            // required
+	Logger   hclog.Logger    // nil: none
+
+	Dialect Dialect
+
+	// Incarnation tells this process from another at the same address; 0: random. FirstSequence is the
+	// sequence that a new connection starts at; nil: the wall clock in nanoseconds (rds-protocol spec 5.6). It must
+	// be greater than any sequence this address used before.
+	Incarnation   uint64
+	FirstSequence func() uint64
+
+	BackoffMin     time.Duration // 1 ms: first delay after a failed attempt (upper limit of the random delay)
+	BackoffMax     time.Duration // 1 s
+	ConnectTimeout time.Duration // 2 s: of one attempt
+	DrainTimeout   time.Duration // 5 s: for the completions of a QP in ERR; passing it is a provider's bug
+	DeadAfter      time.Duration // 10 s without a sign of life: PeerDown
+	HeartbeatIdle  time.Duration // 3 s without traffic: a ping; negative: never
+	AckDelay       time.Duration // 10 ms: acknowledge what did not ask for it
+
+	MaxConns         int // 65536 connections
+	MaxQueuedPerConn int // 1 << 20 messages unacknowledged
+	SendRing         int // 64 SENDs in flight per connection between two of ours, at most 256
+	KernelSendRing   int // 256 SENDs in flight per connection towards a kernel, at most 1024
+}
+
+// Stats are the counters of a Manager: those of the kernel that concern this layer under the kernel's
+// names (rds-protocol spec 6.2; the rest of that list is the sockets'), and ours. All are running
+// totals.
+type Stats struct {
+	ConnReset            uint64 // conn_reset
+	RecvDropBadChecksum  uint64 // recv_drop_bad_checksum
+	RecvDropOldSeq       uint64 // recv_drop_old_seq
+	RecvAckRequired      uint64 // recv_ack_required
+	RecvPing             uint64 // recv_ping
+	SendLockContention   uint64 // send_lock_contention: a message was left to the transmitter at work
+	SendAckRequired      uint64 // send_ack_required
+	SendQueued           uint64 // send_queued: messages, pings and pongs included
+	SendPong             uint64 // send_pong: pings and pongs generated
+	CongUpdateQueued     uint64 // cong_update_queued
+	CongUpdateReceived   uint64 // cong_update_received
+	IBConnectRaced       uint64 // ib_connect_raced: REQ while connecting
+	IBListenClosedStale  uint64 // ib_listen_closed_stale: REQ while up
+	IBTxCQEvent          uint64 // ib_tx_cq_event
+	IBRxCQEvent          uint64 // ib_rx_cq_event
+	IBTxRingFull         uint64 // ib_tx_ring_full
+	IBRxCreditUpdates    uint64 // ib_rx_credit_updates: headers with credits, which are ignored
+	IBAckSent            uint64 // ib_ack_sent
+	IBAckSendPiggybacked uint64 // ib_ack_send_piggybacked
+	IBAckSendDelayed     uint64 // ib_ack_send_delayed
+	IBAckReceived        uint64 // ib_ack_received: acknowledgement frames
+
+	RecvMessages      uint64 // messages delivered to the Sink
+	RecvBytes         uint64 // their payload
+	RecvSends         uint64 // SENDs received
+	SendMessages      uint64 // messages posted to the end, resends included
+	SendBytes         uint64 // their payload
+	SendSends         uint64 // SENDs posted
+	SendRetransmit    uint64 // messages posted with RETRANSMITTED
+	SendAcked         uint64 // messages acknowledged
+	SendCancelled     uint64 // messages cancelled
+	SendAbandoned     uint64 // messages dropped at Close
+	SendNoMemory      uint64 // messages refused with ErrNoMemory
+	RecvSeqGap        uint64 // sequences skipped by a peer (cancelled there, or lost with it)
+	RecvBadFragment   uint64 // connections dropped for a fragment against the rules
+	RecvBadAck        uint64 // acknowledgements of what was never sent, ignored
+	RecvStale         uint64 // completions of an old incarnation
+	RecvRefused       uint64 // messages the Sink did not take (hard bound of a peer)
+	RecvEarlyDropped  uint64 // connections dropped for sending too much before the handshake was through
+	RecvPongDropped   uint64 // pings not answered: bound or rate
+	RecvMapBadLength  uint64 // congestion maps ignored
+	PeerRestarted     uint64 // incarnations of peers that replaced another
+	PeersDown         uint64 // PeerDown reports
+	ConnectAttempts   uint64
+	ConnectFailed     uint64
+	ConnectRejected   uint64 // by the peer
+	AcceptRejected    uint64 // REQs refused by us
+	AcceptBadPrivate  uint64 // REQs with private data that makes no sense
+	Established       uint64
+	DrainTimeouts     uint64 // QPs destroyed without their marker: a provider's bug
+	HeartbeatsSent    uint64
+	HeartbeatTimeouts uint64
+	Conns             uint64 // gauge
+	ConnsUp           uint64 // gauge
+}
+
+// Info is a snapshot of one connection, as `rds-info -n -I` shows it (rds-protocol spec 6.1, 7.6).
+type Info struct {
+	Local, Remote netip.Addr
+	TOS           uint8
+	State         State
+	PeerIsKernel  bool   // meaningful once it was up
+	PeerInc       uint64 // the peer's incarnation, 0 unknown or a kernel
+	Device        string // "" unless connected
+	QPN, PeerQPN  uint32
+	NextTX        uint64 // next sequence to send
+	NextRX        uint64 // next sequence expected, 0: any
+	QueuedMsgs    int    // accepted, not acknowledged
+	QueuedBytes   int    // their payload
+	UnsentMsgs    int    // of these not yet posted
+	Established   uint64 // times it was up
+	LastError     string // why it was last down
+}
+
+// QueuedMessage describes a message that is not acknowledged yet (`rds-info -s -t`).
+type QueuedMessage struct {
+	Local, Remote    netip.Addr
+	SrcPort, DstPort uint16
+	TOS              uint8
+	Seq              uint64
+	Len              int
+	Sent             bool // posted at least in part: on the retransmit queue in the kernel's terms
 }

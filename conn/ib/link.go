@@ -1,0 +1,431 @@
+package ib
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"time"
+
+	"go.uber.org/atomic"
+
+	"github.com/openrds/openrds/ibdev"
+	"github.com/openrds/openrds/internal/slab"
+	"github.com/openrds/openrds/internal/wire/rdshdr"
+	"github.com/openrds/openrds/verbs"
+)
+
+// Upper is what a Link reports to. RecvSend and the two kinds of BatchEnd run in completion handlers: the receive
+// side's never concurrently, the send side's never concurrently, the two sides possibly. None may wait.
+type Upper interface {
+	// RecvSend is a received SEND: the first n bytes of b. b has one reference, which passes to the callee.
+	RecvSend(l *Link, b *ibdev.RecvBuf, n int)
+	// BatchEnd follows the last completion of one side in a batch. On the send side slots may have become free
+	// (Link.Free) and SENDs acknowledged (Link.Outstanding).
+	BatchEnd(l *Link, recv bool)
+	// LinkBroken says once that the link is of no use any more: a completion in error, the peer's DREQ, the
+	// device gone. The QP is on its way to ERR. It may run anywhere, handlers included.
+	LinkBroken(l *Link, err error)
+}
+
+// Errors of a link.
+var (
+	ErrPeerClosed = errors.New("connection closed by the peer")
+	ErrDeviceGone = errors.New("device failed")
+)
+
+// Config are the parameters of a Link.
+type Config struct {
+	Ring  int            // SENDs in flight at most, data, acknowledgements and maps together; a power of two
+	Recv  ibdev.RecvKind // the shared receive queue to join
+	TOS   uint8
+	Stats *Stats
+}
+
+// Stats are counters of all links of a Manager.
+type Stats struct {
+	Stale         atomic.Uint64 // completions of an old incarnation
+	DrainTimeouts atomic.Uint64 // QPs destroyed without having seen their marker
+	Posted        atomic.Uint64 // SENDs
+}
+
+// Parameters of connection establishment (rds-protocol spec 3.5; rocev2 spec 3.8).
+const (
+	ackTimeout     = verbs.DefaultAckTimeout
+	retryCount     = 6  // 7 means "for ever" to rxe
+	rnrRetry       = 7  // for ever: RDS has no other back-pressure
+	minRNRTimer    = 10 // the code of 0.32 ms
+	maxRDResources = 16
+)
+
+const (
+	slotBytes = rdshdr.HeaderLen
+	// signalEvery bounds how many SENDs of a batch go unsignalled. The last one of a batch is always signalled:
+	// nothing else would tell that the link has become idle.
+	signalEvery = 16
+	// BatchMax is how many SENDs one Post takes.
+	BatchMax = 16
+	maxSGE   = 3
+)
+
+// Work request IDs: the link's number in the upper half; below it the count of the SEND, or the marker.
+const (
+	idMarker = 1 << 31
+	idCount  = idMarker - 1
+)
+
+// Link is one QP and its connection. See the package comment. Post, Header and the methods marked so
+// belong to the transmitter, one goroutine at a time; SendWC, RecvWC, BatchEnd are the handlers'.
+type Link struct {
+	up      Upper
+	qp      *ibdev.QP
+	cfg     Config
+	num     uint64         // incarnation, in the upper half of work request IDs
+	ep      verbs.Endpoint // nil until established; control side
+	hdrs    *slab.Chunk    // a header for each slot of the ring
+	hmem    []byte
+	closed  atomic.Bool // drained or being drained: nothing goes up any more
+	broken  atomic.Bool
+	drained chan struct{} // closed when the marker was polled
+
+	// The ring: SEND number i is in slot i mod Ring. The transmitter moves head, the send handler tail. The
+	// slots between belong to the QP.
+	slots    []slot
+	head     atomic.Uint32 // next to post
+	tail     atomic.Uint32 // oldest not completed
+	dataHead atomic.Uint32 // SENDs of kind Data posted
+	dataTail atomic.Uint32 // completed
+	acks     atomic.Int32  // acknowledgement frames in flight
+
+	// The transmitter's.
+	wrs  [BatchMax]verbs.SendWR
+	sges [BatchMax * maxSGE]verbs.SGE
+}
+
+// slot is what a SEND in flight holds.
+type slot struct {
+	kind   Kind
+	chunks [2]*slab.Chunk // referenced until the completion
+}
+
+// Kind is what a SEND is for.
+type Kind uint8
+
+// Kinds of SENDs.
+const (
+	Data Kind = iota
+	Ack
+	Control // congestion map, mark
+)
+
+// Piece is a part of a SEND: n bytes of a chunk.
+type Piece struct {
+	Chunk *slab.Chunk
+	Off   int
+	Len   int
+}
+
+// Send is a SEND to post.
+type Send struct {
+	Kind      Kind
+	Solicited bool
+	// Header says that the SEND begins with HeaderLen bytes from the header slot (Link.Header) of its place in
+	// the ring.
+	HeaderLen int
+	N         int // pieces
+	Pieces    [2]Piece
+}
+
+// NewLink creates the QP of a new incarnation. num tells it from every other link of the Manager.
+// The caller holds a reference to dev for the call. May wait.
+func NewLink(dev *ibdev.Device, mem *slab.Slab, cfg Config, num uint32, up Upper) (*Link, error) {
+	l := &Link{up: up, cfg: cfg, num: uint64(num) << 32, slots: make([]slot, cfg.Ring), drained: make(chan struct{})}
+	hdrs, err := mem.Alloc(cfg.Ring * slotBytes)
+	if err != nil {
+		return nil, fmt.Errorf("header slots: %w", err)
+	}
+	l.hdrs, l.hmem = hdrs, hdrs.Bytes()
+	// One more than the ring: the marker.
+	l.qp, err = dev.CreateQP(ibdev.QPConfig{MaxSendWR: cfg.Ring + 1, MaxSendSGE: maxSGE, Recv: cfg.Recv}, l)
+	if err != nil {
+		hdrs.Put()
+		return nil, err
+	}
+	return l, nil
+}
+
+func (l *Link) param(priv []byte) verbs.ConnParam {
+	rd := uint8(min(maxRDResources, l.qp.Device().Attr().MaxRDAtomic))
+	return verbs.ConnParam{PrivateData: priv, ResponderResources: rd, InitiatorDepth: rd, RetryCount: retryCount, RNRRetryCount: rnrRetry,
+		AckTimeout: ackTimeout, MinRNRTimer: minRNRTimer, TrafficClass: l.cfg.TOS, SRQ: true}
+}
+
+// Connect asks remote for a connection. Receive buffers are posted already: they are the shared
+// queue's. May wait.
+func (l *Link) Connect(ctx context.Context, remote netip.AddrPort, priv []byte) (verbs.Connected, error) {
+	ep, info, err := l.qp.Device().Verbs().Connect(ctx, remote, l.qp.QP, l.param(priv), nil)
+	if err != nil {
+		return info, err
+	}
+	l.ep = ep
+	return info, nil
+}
+
+// Accept answers req. What the peer sends may come up before it returns. May wait.
+func (l *Link) Accept(ctx context.Context, req verbs.ConnRequest, priv []byte) error {
+	p := l.param(priv)
+	offered := req.Info()
+	p.ResponderResources = min(p.ResponderResources, offered.InitiatorDepth)
+	p.InitiatorDepth = min(p.InitiatorDepth, offered.ResponderResources)
+	ep, err := req.Accept(ctx, l.qp.QP, p, nil)
+	if err != nil {
+		return err
+	}
+	l.ep = ep
+	return nil
+}
+
+// SetWindow tells the provider how many bytes the peer lets us have in flight. Established links only. May wait.
+func (l *Link) SetWindow(bytes int) error {
+	return l.qp.Modify(verbs.QPAttr{SendWindow: bytes}, verbs.QPSendWindowBit)
+}
+
+// Done is closed when CM has ended the connection. nil before it is established.
+func (l *Link) Done() <-chan struct{} {
+	if l.ep == nil {
+		return nil
+	}
+	return l.ep.Done()
+}
+
+// QPN is the number of the local QP.
+func (l *Link) QPN() verbs.QPN { return l.qp.Num() }
+
+// Device is the device the link is on.
+func (l *Link) Device() *ibdev.Device { return l.qp.Device() }
+
+// Recv is the kind of receive queue the link is on.
+func (l *Link) Recv() ibdev.RecvKind { return l.cfg.Recv }
+
+// Free is the number of SENDs that may be posted now. Transmitter.
+func (l *Link) Free() int { return l.cfg.Ring - int(l.head.Load()-l.tail.Load()) }
+
+// Outstanding is the number of data SENDs posted and not known to be complete.
+func (l *Link) Outstanding() int { return int(l.dataHead.Load() - l.dataTail.Load()) }
+
+// InFlight is the number of SENDs of all kinds posted and not known to be complete.
+func (l *Link) InFlight() int { return int(l.head.Load() - l.tail.Load()) }
+
+// AcksInFlight is the number of acknowledgement frames posted and not known to be complete.
+func (l *Link) AcksInFlight() int { return int(l.acks.Load()) }
+
+// Header is the header slot of the i-th SEND of the next Post. Transmitter.
+func (l *Link) Header(i int) []byte {
+	s := int(l.head.Load()+uint32(i)) & (l.cfg.Ring - 1)
+	return l.hmem[s*slotBytes : (s+1)*slotBytes : (s+1)*slotBytes]
+}
+
+// Post posts sends in order; there are at most BatchMax, and Free slots for them. Each takes a reference to its
+// chunks until it has completed. It returns how many the QP took; an error means that the link
+// is broken and says why. Transmitter, with no lock held.
+func (l *Link) Post(sends []Send) (int, error) {
+	h := l.head.Load()
+	for i := range sends {
+		s := &sends[i]
+		sl := int(h+uint32(i)) & (l.cfg.Ring - 1)
+		sg := l.sges[i*maxSGE : i*maxSGE : (i+1)*maxSGE]
+		if s.HeaderLen > 0 {
+			e, err := l.qp.Device().SGE(l.hdrs, sl*slotBytes, s.HeaderLen)
+			if err != nil {
+				return 0, err
+			}
+			sg = append(sg, e)
+		}
+		for k := range s.Pieces[:s.N] {
+			p := &s.Pieces[k]
+			e, err := l.qp.Device().SGE(p.Chunk, p.Off, p.Len)
+			if err != nil {
+				return 0, err
+			}
+			sg = append(sg, e)
+		}
+		wr := &l.wrs[i]
+		wr.ID = l.num | uint64(h+uint32(i))&idCount
+		wr.Opcode = verbs.OpSend
+		wr.SGs = sg
+		wr.Flags = 0
+		if i == len(sends)-1 || i%signalEvery == signalEvery-1 {
+			wr.Flags = verbs.SendSignaled
+		}
+		if s.Solicited {
+			wr.Flags |= verbs.SendSolicited
+		}
+	}
+	// The slots are filled before the QP may complete them.
+	data := uint32(0)
+	for i := range sends {
+		s := &sends[i]
+		sl := &l.slots[int(h+uint32(i))&(l.cfg.Ring-1)]
+		sl.kind = s.Kind
+		for k := range s.Pieces[:s.N] {
+			s.Pieces[k].Chunk.Get()
+			sl.chunks[k] = s.Pieces[k].Chunk
+		}
+		switch s.Kind {
+		case Data:
+			data++
+		case Ack:
+			l.acks.Inc()
+		}
+	}
+	l.dataHead.Add(data)
+	l.head.Store(h + uint32(len(sends)))
+	n, err := l.qp.PostSend(l.wrs[:len(sends)])
+	l.cfg.Stats.Posted.Add(uint64(n))
+	if err != nil {
+		// What was not taken never completes: close finds it in the ring.
+		l.fail(fmt.Errorf("post: %w", err))
+	}
+	return n, err
+}
+
+// SendWC implements ibdev.QPHandler.
+func (l *Link) SendWC(wc *verbs.WC) {
+	if wc.ID>>32<<32 != l.num {
+		l.cfg.Stats.Stale.Inc()
+		return
+	}
+	if wc.ID&idMarker != 0 {
+		close(l.drained)
+		return
+	}
+	// An RC send queue completes in order: this one and all before it.
+	t := l.tail.Load()
+	n := (uint32(wc.ID)-t)&idCount + 1
+	if n > l.head.Load()-t {
+		l.fail(fmt.Errorf("completion of send %d, which is not in flight", uint32(wc.ID)))
+		return
+	}
+	l.reclaim(t, n)
+	if wc.Status != verbs.WCSuccess {
+		l.fail(wc.Err())
+	}
+}
+
+// reclaim empties n slots from t on.
+func (l *Link) reclaim(t, n uint32) {
+	data := uint32(0)
+	for i := range n {
+		sl := &l.slots[int(t+i)&(l.cfg.Ring-1)]
+		for k, c := range sl.chunks {
+			if c != nil {
+				c.Put()
+				sl.chunks[k] = nil
+			}
+		}
+		switch sl.kind {
+		case Data:
+			data++
+		case Ack:
+			l.acks.Dec()
+		}
+	}
+	l.dataTail.Add(data)
+	l.tail.Store(t + n)
+}
+
+// RecvWC implements ibdev.QPHandler.
+func (l *Link) RecvWC(wc *verbs.WC, b *ibdev.RecvBuf) {
+	if l.closed.Load() {
+		l.cfg.Stats.Stale.Inc()
+		b.Put()
+		return
+	}
+	if wc.Status != verbs.WCSuccess {
+		b.Put()
+		l.fail(wc.Err())
+		return
+	}
+	l.up.RecvSend(l, b, int(wc.ByteLen))
+}
+
+// BatchEnd implements ibdev.QPHandler. A link that was closed in the middle of a batch still ends it.
+func (l *Link) BatchEnd(recv bool) { l.up.BatchEnd(l, recv) }
+
+// InRecv runs fn as the receive handler does: not concurrently with it. Not in a handler.
+func (l *Link) InRecv(fn func()) { l.qp.InRecv(fn) }
+
+// QPEvent implements ibdev.QPHandler.
+func (l *Link) QPEvent(t verbs.EventType) {
+	switch t {
+	case verbs.EventCommEst, verbs.EventSQDrained:
+	case verbs.EventQPLastWQEReached:
+		l.fail(ErrPeerClosed)
+	case verbs.EventDeviceFatal:
+		l.fail(ErrDeviceGone)
+	default:
+		l.fail(fmt.Errorf("QP event %v", t))
+	}
+}
+
+// Fail declares the link broken: a protocol error of the peer. It may be called from anywhere.
+func (l *Link) Fail(err error) { l.fail(err) }
+
+func (l *Link) fail(err error) {
+	if l.broken.Swap(true) {
+		return
+	}
+	l.qp.SetError()
+	if !l.closed.Load() {
+		l.up.LinkBroken(l, err)
+	}
+}
+
+// Broken reports whether the link has failed or was closed.
+func (l *Link) Broken() bool { return l.broken.Load() }
+
+// Close drains the link and destroys its QP. Once it has returned, nothing of it comes up, no memory
+// it was given is touched, and every chunk has been put. The transmitter has left and does not come back. It waits for
+// completions, at most timeout: a provider flushes a QP in ERR at once. Not in a handler; once.
+func (l *Link) Close(timeout time.Duration) error {
+	// 1. Nothing goes up any more. What the handlers are in the middle of ends at the barrier of step 5.
+	l.closed.Store(true)
+	l.broken.Store(true)
+	// 2. QP to ERR, and tell the peer. A QP that never left RESET stays there: it was never given anything.
+	var errs []error
+	if l.ep != nil {
+		errs = append(errs, l.ep.Disconnect())
+	}
+	var state *verbs.StateError
+	err := l.qp.Modify(verbs.QPAttr{State: verbs.StateErr}, verbs.QPStateBit)
+	inERR := err == nil
+	if err != nil && !errors.As(err, &state) {
+		errs = append(errs, err)
+	}
+	// 3. The marker behind the last send.
+	if inERR {
+		wr := []verbs.SendWR{{ID: l.num | idMarker, Opcode: verbs.OpSend, Flags: verbs.SendSignaled}}
+		if _, err := l.qp.PostSend(wr); err != nil {
+			errs = append(errs, fmt.Errorf("marker: %w", err))
+			inERR = false
+		}
+	}
+	// 4. Poll to it: the handler does, and closes drained. Buffers come home here.
+	if inERR {
+		t := time.NewTimer(timeout)
+		select {
+		case <-l.drained:
+			t.Stop()
+		case <-t.C:
+			l.cfg.Stats.DrainTimeouts.Inc()
+			errs = append(errs, fmt.Errorf("no marker within %v: %w", timeout, verbs.ErrTimeout))
+		}
+	}
+	// 5. Destroy the QP, and poll once more: no handler is in the middle of anything of ours after that.
+	errs = append(errs, l.qp.Close())
+	// 6. What never completed: sends the QP did not take, and everything if the marker did not come.
+	t := l.tail.Load()
+	l.reclaim(t, l.head.Load()-t)
+	l.hdrs.Put()
+	return errors.Join(errs...)
+}

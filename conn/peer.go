@@ -1,0 +1,134 @@
+package conn
+
+import (
+	"net/netip"
+	"sync"
+	"time"
+
+	"go.uber.org/atomic"
+
+	"github.com/openrds/openrds/internal/wire/rdshdr"
+)
+
+// Peer is what all connections of a pair of hosts share.
+type Peer struct {
+	m             *Manager
+	local, remote netip.Addr
+
+	cong   atomic.Pointer[rdshdr.CongMap] // the peer's map, immutable; nil: nothing is congested
+	inc    atomic.Uint64                  // incarnation seen last, 0: none, or a kernel
+	kernel atomic.Bool                    // it answered without our mark: its QPs join the queue of small buffers
+
+	mu      sync.Mutex
+	up      int       // connections that are up
+	since   time.Time // when it was first missed; zero: not missed
+	down    bool      // reported
+	penalty penalty
+}
+
+// penalty is how long a peer that overran its bound stays away.
+type penalty struct {
+	until time.Time
+	next  time.Duration
+}
+
+// congested is on the way of every datagram.
+func (p *Peer) congested(port uint16) bool {
+	m := p.cong.Load()
+	return m != nil && m.Test(port)
+}
+
+// setMap replaces the peer's map. nil is the empty one.
+func (p *Peer) setMap(m *rdshdr.CongMap) {
+	old := p.cong.Swap(m)
+	if old == m {
+		return // both empty
+	}
+	var empty rdshdr.CongMap
+	if old == nil {
+		old = &empty
+	}
+	if m == nil {
+		m = &empty
+	}
+	p.m.cfg.Sink.PeerMapChanged(p.local, p.remote, m.ClearedSince(old))
+}
+
+// missing notes that there is no connection to the peer, and returns how long it has been without a sign of life.
+func (p *Peer) missing(now time.Time) time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.up > 0 {
+		return 0
+	}
+	if p.since.IsZero() {
+		p.since = now
+	}
+	return now.Sub(p.since)
+}
+
+// isDown reports the peer down, once.
+func (p *Peer) isDown() {
+	p.mu.Lock()
+	first := !p.down && p.up == 0
+	if first {
+		p.down = true
+	}
+	p.mu.Unlock()
+	if !first {
+		return
+	}
+	p.m.count.peersDown.Inc()
+	p.m.log.Warn("peer is down", "local", p.local, "remote", p.remote)
+	// Nobody knows any more what is congested there: writers may queue again.
+	p.setMap(nil)
+	p.m.cfg.Sink.PeerDown(p.local, p.remote)
+}
+
+// connected notes that a connection is up, lost that it no longer is.
+func (p *Peer) connected() {
+	p.mu.Lock()
+	p.up++
+	p.since = time.Time{}
+	was := p.down
+	p.down = false
+	p.mu.Unlock()
+	if was {
+		p.m.log.Info("peer is up", "local", p.local, "remote", p.remote)
+		p.m.cfg.Sink.PeerUp(p.local, p.remote)
+	}
+}
+
+func (p *Peer) lost() {
+	p.mu.Lock()
+	p.up--
+	p.mu.Unlock()
+}
+
+// met takes the incarnation of the peer, and reports whether it is another one than before.
+func (p *Peer) met(inc uint64) {
+	old := p.inc.Swap(inc)
+	if old != inc && old != 0 {
+		p.m.count.peerRestarted.Inc()
+		// The old one's map says nothing about the new one (rds-protocol spec 2.7).
+		p.setMap(nil)
+	}
+}
+
+// penalise keeps the peer away for a time that doubles when it comes back and does it again.
+func (p *Peer) penalise(now time.Time, least, most time.Duration) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if now.After(p.penalty.until.Add(10 * most)) {
+		p.penalty.next = least
+	}
+	p.penalty.until = now.Add(p.penalty.next)
+	p.penalty.next = min(2*p.penalty.next, most)
+}
+
+// penaltyLeft is how long the peer has still to stay away.
+func (p *Peer) penaltyLeft(now time.Time) time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return max(0, p.penalty.until.Sub(now))
+}

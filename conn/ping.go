@@ -1,0 +1,199 @@
+package conn
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"go.uber.org/atomic"
+)
+
+// ErrPeerDead: nothing was heard from the peer for the dead-peer time, not even an answer to a ping.
+var ErrPeerDead = errors.New("no sign of life from the peer")
+
+// pings are those of ours that were not answered yet, in order; the peer answers in order. Guarded by Conn.mu.
+type pings struct {
+	waiting []*ping // nil: a heartbeat
+}
+
+type ping struct {
+	sent time.Time
+	done chan time.Duration // buffered
+}
+
+// maxPings bounds pings in flight.
+const maxPings = 64
+
+// Ping sends an RDS ping and returns the time until its pong. It starts connecting if the connection is
+// down, and the time then includes that.
+func (c *Conn) Ping(ctx context.Context) (time.Duration, error) {
+	p := &ping{sent: time.Now(), done: make(chan time.Duration, 1)}
+	c.mu.Lock()
+	if c.closed {
+		c.mu.Unlock()
+		return 0, ErrClosed
+	}
+	if !c.pingLocked(p) {
+		c.mu.Unlock()
+		return 0, ErrNoMemory
+	}
+	c.flush = true
+	if !c.up {
+		c.kickLocked()
+	}
+	c.transmitLocked()
+	for {
+		select {
+		case d := <-p.done:
+			return d, nil
+		default:
+		}
+		if !c.m.Progress() {
+			break
+		}
+	}
+	select {
+	case d := <-p.done:
+		return d, nil
+	case <-c.m.done:
+		return 0, ErrClosed
+	case <-ctx.Done():
+		return 0, ctx.Err()
+	}
+}
+
+// pingLocked queues a ping that asks for an acknowledgement too. p may be nil.
+func (c *Conn) pingLocked(p *ping) bool {
+	if len(c.pings.waiting) >= maxPings {
+		return false
+	}
+	if _, _, ok := c.q.append(nil, PingSourcePort, 0, 0, c.ackNext, msgAckNow); !ok {
+		return false
+	}
+	c.sendQueued++
+	c.m.count.sendPong.Inc()
+	c.pings.waiting = append(c.pings.waiting, p)
+	return true
+}
+
+// takePong reports whether a pong is the answer to a ping of ours, and takes it. Receive handler.
+func (c *Conn) takePong() bool {
+	c.mu.Lock()
+	w := c.pings.waiting
+	if len(w) == 0 {
+		c.mu.Unlock()
+		return false
+	}
+	p := w[0]
+	copy(w, w[1:])
+	w[len(w)-1] = nil
+	c.pings.waiting = w[:len(w)-1]
+	c.mu.Unlock()
+	if p != nil {
+		p.done <- time.Since(p.sent)
+	}
+	return true
+}
+
+// pongs are the answers we owe or have sent. They are charged to no socket, so they have a bound
+// and a rate of their own (rds-protocol spec 2.6, 8.3).
+type pongs struct {
+	out    atomic.Int32 // queued or not acknowledged
+	tokens float64      // receive handler's
+	last   time.Time
+}
+
+// Released implements Owner.
+func (p *pongs) Released(msgs, bytes int) { p.out.Sub(int32(msgs)) }
+
+const (
+	maxPongs     = 256  // not acknowledged, per connection
+	pongRate     = 4096 // per second and connection
+	pongBurst    = 256
+	pongsPerTick = float64(pongRate) / float64(time.Second)
+)
+
+// pong answers a ping from port. Receive handler.
+func (c *Conn) pong(port uint16) {
+	p := &c.rx.pongs
+	now := time.Now()
+	p.tokens = min(pongBurst, p.tokens+float64(now.Sub(p.last))*pongsPerTick)
+	p.last = now
+	if p.tokens < 1 || p.out.Load() >= maxPongs || c.peer.congested(port) {
+		c.m.count.pongDropped.Inc()
+		return
+	}
+	c.mu.Lock()
+	_, _, ok := c.q.append(p, 0, port, 0, c.ackNext, 0)
+	if ok {
+		c.sendQueued++
+	}
+	c.mu.Unlock()
+	if !ok {
+		c.m.count.pongDropped.Inc()
+		return
+	}
+	p.tokens--
+	p.out.Inc()
+	c.m.count.sendPong.Inc()
+}
+
+// heartbeat watches a connection that is up. Guarded by Conn.mu.
+type heartbeat struct {
+	heard  bool   // something arrived since the last look
+	silent int    // looks in a row at which nothing had
+	una    uint64 // head of the queue at the last look
+}
+
+// armTickLocked starts the heartbeat, or keeps it going.
+func (c *Conn) armTickLocked() {
+	if c.m.cfg.HeartbeatIdle < 0 {
+		return
+	}
+	if c.tick == nil {
+		c.tick = time.AfterFunc(c.m.cfg.HeartbeatIdle, c.look)
+	} else {
+		c.tick.Reset(c.m.cfg.HeartbeatIdle)
+	}
+}
+
+// look is the heartbeat: a ping if nothing arrived since the last look, and the end of the connection
+// if nothing did for three quarters of the dead-peer time. Looks are at most a quarter of it apart, so a peer
+// is declared dead in time. An idle queue gives its memory back.
+func (c *Conn) look() {
+	c.mu.Lock()
+	if !c.up {
+		c.mu.Unlock()
+		return
+	}
+	b := &c.beat
+	l := c.link
+	select {
+	case <-l.Done():
+		c.mu.Unlock()
+		l.Fail(errPeerGone)
+		return
+	default:
+	}
+	if b.heard {
+		b.heard, b.silent = false, 0
+	} else {
+		b.silent++
+	}
+	if time.Duration(b.silent)*c.m.cfg.HeartbeatIdle >= c.m.cfg.DeadAfter*3/4 {
+		c.mu.Unlock()
+		c.m.count.heartbeatTimeouts.Inc()
+		l.Fail(ErrPeerDead)
+		return
+	}
+	if c.q.una == c.q.tail && c.q.una == b.una {
+		c.q.trim()
+	}
+	b.una = c.q.una
+	c.armTickLocked()
+	if b.silent > 0 && len(c.pings.waiting) == 0 && c.pingLocked(nil) {
+		c.m.count.heartbeatsSent.Inc()
+		c.flush = true
+	}
+	c.transmitLocked() // also what waited for memory
+}

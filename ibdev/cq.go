@@ -1,0 +1,176 @@
+package ibdev
+
+import (
+	"fmt"
+	"sync"
+
+	"go.uber.org/atomic"
+
+	"github.com/openrds/openrds/verbs"
+)
+
+// pollBatch is how many completions are polled at a time.
+const pollBatch = 64
+
+// cq is a completion queue and its poller.
+//
+// Sends and receives complete in different queues because their bounds differ: receive completions are
+// bounded by the shared receive queues, so one queue holds them all; send completions are reserved
+// per QP, and a further queue is made when the last is full.
+//
+// The poller is a role: the provider's handler takes it, and so does a goroutine that destroys a
+// QP and must know that nothing of it is left (barrier). A handler that finds it taken leaves a note and
+// goes; it never waits.
+type cq struct {
+	dev      *Device
+	recv     bool
+	depth    int
+	reserved int // completions promised to QPs; guarded by dev.mu
+
+	vcq verbs.CQ
+
+	again atomic.Bool
+	role  sync.Mutex // the poller
+
+	// The poller's.
+	wcs     [pollBatch]verbs.WC
+	touched []*QP
+}
+
+func (d *Device) newCQ(recv bool, depth int) (*cq, error) {
+	q := &cq{dev: d, recv: recv, depth: depth}
+	vcq, err := d.dev.CreateCQ(verbs.CQConfig{Depth: depth, Handler: func(verbs.CQ) { q.run() }})
+	if err != nil {
+		return nil, fmt.Errorf("completion queue of %d: %w", depth, err)
+	}
+	q.vcq = vcq
+	vcq.Arm(false)
+	return q, nil
+}
+
+// run is the handler.
+func (q *cq) run() {
+	q.again.Store(true)
+	for q.again.Load() && q.role.TryLock() {
+		q.again.Store(false)
+		q.poll()
+		q.role.Unlock()
+	}
+}
+
+// barrier returns when every completion that was in the queue has been dispatched. Not in a handler.
+func (q *cq) barrier() {
+	q.role.Lock()
+	q.poll()
+	q.role.Unlock()
+	q.takeNotes()
+}
+
+// as runs fn in the role. Not in a handler.
+func (q *cq) as(fn func()) {
+	q.role.Lock()
+	fn()
+	q.role.Unlock()
+	q.takeNotes()
+}
+
+// takeNotes polls if a handler found the role taken.
+func (q *cq) takeNotes() {
+	if q.again.Load() {
+		q.run()
+	}
+}
+
+// poll empties the queue, arms it, and ends the batch of every QP that had a completion.
+func (q *cq) poll() {
+	d := q.dev
+	total := 0
+	for {
+		n := q.vcq.Poll(q.wcs[:])
+		if n == 0 {
+			if q.vcq.Arm(false) {
+				continue
+			}
+			break
+		}
+		total += n
+		if q.recv {
+			q.dispatchRecv(q.wcs[:n])
+		} else {
+			q.dispatchSend(q.wcs[:n])
+		}
+	}
+	if total == 0 {
+		return
+	}
+	side := q.side()
+	for i, qp := range q.touched {
+		qp.touched[side] = false
+		qp.handler.BatchEnd(q.recv)
+		q.touched[i] = nil
+	}
+	q.touched = q.touched[:0]
+	if q.recv {
+		d.stats.recvCompletions.Add(uint64(total))
+	} else {
+		d.stats.sendCompletions.Add(uint64(total))
+	}
+}
+
+func (q *cq) side() int {
+	if q.recv {
+		return 1
+	}
+	return 0
+}
+
+// touch notes that qp had a completion in this batch.
+func (q *cq) touch(qp *QP) {
+	if side := q.side(); !qp.touched[side] {
+		qp.touched[side] = true
+		q.touched = append(q.touched, qp)
+	}
+}
+
+func (q *cq) dispatchSend(wcs []verbs.WC) {
+	var qp *QP
+	for i := range wcs {
+		wc := &wcs[i]
+		if qp == nil || qp.num != wc.QPN {
+			if qp = q.dev.findQP(wc.QPN); qp == nil {
+				q.dev.stats.strayCompletions.Inc()
+				continue
+			}
+			q.touch(qp)
+		}
+		qp.handler.SendWC(wc)
+	}
+}
+
+func (q *cq) dispatchRecv(wcs []verbs.WC) {
+	d := q.dev
+	var qp *QP
+	for i := range wcs {
+		wc := &wcs[i]
+		pool := d.large
+		if wc.ID&smallBit != 0 {
+			pool = d.small
+		}
+		b := pool.completed(wc.ID)
+		if b == nil {
+			d.stats.strayCompletions.Inc()
+			continue
+		}
+		if qp == nil || qp.num != wc.QPN {
+			if qp = d.findQP(wc.QPN); qp == nil {
+				d.stats.strayCompletions.Inc()
+				b.Put()
+				continue
+			}
+			q.touch(qp)
+		}
+		qp.handler.RecvWC(wc, b)
+	}
+	d.small.settle()
+	d.large.settle()
+}

@@ -1,0 +1,244 @@
+package ibdev
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"sync"
+
+	"go.uber.org/atomic"
+
+	"github.com/openrds/openrds/internal/ref"
+	"github.com/openrds/openrds/verbs"
+)
+
+// Buffer sizes of the shared receive queues.
+const (
+	// SmallRecv is the largest SEND of a kernel: a header and one fragment (rds-protocol spec 3.5).
+	SmallRecv = 48 + 4096
+	// LargeRecv holds the largest SEND between two of ours, MaxSend, with what is left of a slab chunk.
+	LargeRecv = 64 << 10
+	// MaxSend is the SEND that softroce moves most cheaply and the one we announce: 15 packets of 4096
+	// bytes fill one GSO train.
+	MaxSend = 15 * 4096
+)
+
+// Device is what RDS keeps per RDMA device. Whoever got it from a Registry holds a reference and
+// gives it back with Put. Methods are safe for concurrent use.
+type Device struct {
+	reg  *Registry
+	addr netip.Addr
+	dev  verbs.Device
+	attr verbs.DeviceAttr
+	prog verbs.Progresser // nil: the device works on its own
+	refs ref.Count
+
+	pd     verbs.PD
+	recvCQ *cq
+	small  *recvPool
+	large  *recvPool
+	mrs    mrTable
+	stats  deviceStats
+
+	qpsMu sync.RWMutex
+	qps   map[verbs.QPN]*QP
+
+	mu      sync.Mutex
+	sendCQs []*cq
+	nKind   [2]int // QPs per shared receive queue
+
+	down chan struct{} // closed when the teardown has ended
+	err  error         // of the teardown; read after down
+}
+
+type deviceStats struct {
+	sendCompletions  atomic.Uint64
+	recvCompletions  atomic.Uint64
+	strayCompletions atomic.Uint64 // for a QP that is gone; their buffers were put back
+	recvNoMemory     atomic.Uint64
+	recvPostErrors   atomic.Uint64
+	regErrors        atomic.Uint64
+	limitEvents      atomic.Uint64
+}
+
+// openDevice sets up vdev. On error everything is closed again, vdev included.
+func openDevice(r *Registry, addr netip.Addr, vdev verbs.Device) (_ *Device, err error) {
+	d := &Device{reg: r, addr: addr, dev: vdev, attr: vdev.Attr(), qps: make(map[verbs.QPN]*QP), down: make(chan struct{})}
+	d.prog, _ = vdev.(verbs.Progresser)
+	d.refs.Init(func() { go d.teardown() })
+	defer func() {
+		if err != nil {
+			err = errors.Join(fmt.Errorf("device %s: %w", vdev.Name(), err), d.release())
+		}
+	}()
+	if d.pd, err = vdev.AllocPD(); err != nil {
+		return nil, err
+	}
+	if d.recvCQ, err = d.newCQ(true, r.cfg.Small.Max+r.cfg.Large.Max); err != nil {
+		return nil, err
+	}
+	if d.small, err = newRecvPool(d, SmallRecv, smallBit, r.cfg.Small); err != nil {
+		return nil, err
+	}
+	if d.large, err = newRecvPool(d, LargeRecv, 0, r.cfg.Large); err != nil {
+		return nil, err
+	}
+	vdev.SetAsyncHandler(d.event)
+	return d, nil
+}
+
+// Get takes a further reference; the caller holds one.
+func (d *Device) Get() { d.refs.Get() }
+
+// Put gives a reference back. The last one schedules the teardown on a goroutine of its own, so
+// it may come from a handler.
+func (d *Device) Put() { d.refs.Put() }
+
+// Verbs is the device itself, for connection management.
+func (d *Device) Verbs() verbs.Device { return d.dev }
+
+// Name is the provider's name of the device.
+func (d *Device) Name() string { return d.dev.Name() }
+
+// Addr is the local address the device was opened for.
+func (d *Device) Addr() netip.Addr { return d.addr }
+
+// Attr are the device's limits.
+func (d *Device) Attr() verbs.DeviceAttr { return d.attr }
+
+// Progress does what is due on the device, on the caller's goroutine, and reports whether there was
+// anything: verbs.Progresser, where the device has it.
+func (d *Device) Progress() bool { return d.prog != nil && d.prog.Progress() }
+
+// event is the receiver of asynchronous events.
+func (d *Device) event(e verbs.AsyncEvent) {
+	switch {
+	case e.Type == verbs.EventSRQLimitReached:
+		d.stats.limitEvents.Inc()
+		switch e.SRQ {
+		case d.small.srq:
+			d.small.grow()
+		case d.large.srq:
+			d.large.grow()
+		}
+	case e.Type == verbs.EventDeviceFatal:
+		d.reg.logger.Error("device failed", "device", d.dev.Name(), "addr", d.addr)
+		d.reg.remove(d)
+		for _, qp := range d.allQPs() {
+			qp.handler.QPEvent(e.Type)
+		}
+	case e.QP != nil:
+		if qp := d.findQP(e.QP.Num()); qp != nil && qp.QP == e.QP {
+			qp.handler.QPEvent(e.Type)
+		}
+	case e.CQ != nil:
+		// Completions are reserved, so an overflow is a bug of ours or the provider's, and completions
+		// are lost: no QP of the queue can be trusted.
+		d.reg.logger.Error("completion queue overflowed", "device", d.dev.Name())
+		for _, qp := range d.allQPs() {
+			if qp.sendCQ.vcq == e.CQ || d.recvCQ.vcq == e.CQ {
+				qp.handler.QPEvent(e.Type)
+			}
+		}
+	}
+}
+
+// teardown frees the device. It runs when the last reference is gone: no QP, no listener, not
+// in the registry. It waits for nothing an application does.
+func (d *Device) teardown() {
+	d.err = d.release()
+	if d.err != nil {
+		d.reg.logger.Error("device teardown", "device", d.dev.Name(), "err", d.err)
+	}
+	close(d.down)
+	d.reg.forget(d)
+}
+
+// release frees what openDevice made, in order, and tolerates that it got only part of the way.
+func (d *Device) release() error {
+	var errs []error
+	note := func(what string, err error) {
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", what, err))
+		}
+	}
+	// 1. No more events: nothing grows a queue any more.
+	d.dev.SetAsyncHandler(nil)
+	// 2. Listeners and QPs are gone: each held a reference.
+	// 3. The shared receive queues; the buffers posted to them come home, those that applications hold
+	// stay theirs.
+	for _, p := range []*recvPool{d.small, d.large} {
+		if p != nil {
+			note("shared receive queue", p.close())
+		}
+	}
+	// 4. The regions: nothing names them now.
+	note("memory regions", d.mrs.close())
+	// 5. The completion queues, which QPs used.
+	if d.recvCQ != nil {
+		note("receive CQ", d.recvCQ.vcq.Close())
+	}
+	for _, q := range d.sendCQs {
+		note("send CQ", q.vcq.Close())
+	}
+	// 6. The protection domain, parent of 3 and 4; then the device itself.
+	if d.pd != nil {
+		note("PD", d.pd.Close())
+	}
+	note("close", d.dev.Close())
+	return errors.Join(errs...)
+}
+
+func (d *Device) findQP(n verbs.QPN) *QP {
+	d.qpsMu.RLock()
+	qp := d.qps[n]
+	d.qpsMu.RUnlock()
+	return qp
+}
+
+func (d *Device) allQPs() []*QP {
+	d.qpsMu.RLock()
+	defer d.qpsMu.RUnlock()
+	out := make([]*QP, 0, len(d.qps))
+	for _, qp := range d.qps {
+		out = append(out, qp)
+	}
+	return out
+}
+
+// DeviceStats is a snapshot of a device.
+type DeviceStats struct {
+	Name             string
+	Addr             netip.Addr
+	Refs             int64
+	QPs              int
+	SendCompletions  uint64
+	RecvCompletions  uint64
+	StrayCompletions uint64 // for QPs that are gone
+	RecvNoMemory     uint64 // receive buffers the slab did not give
+	RecvPostErrors   uint64
+	RegErrors        uint64
+	LimitEvents      uint64 // a shared receive queue ran low and was made longer
+	Small, Large     RecvStats
+	Provider         map[string]uint64 // verbs.Device.Stats
+}
+
+// Stats is a snapshot of the device's counters.
+func (d *Device) Stats() DeviceStats {
+	d.qpsMu.RLock()
+	n := len(d.qps)
+	d.qpsMu.RUnlock()
+	return DeviceStats{
+		Name: d.dev.Name(), Addr: d.addr, Refs: d.refs.Refs(), QPs: n,
+		SendCompletions:  d.stats.sendCompletions.Load(),
+		RecvCompletions:  d.stats.recvCompletions.Load(),
+		StrayCompletions: d.stats.strayCompletions.Load(),
+		RecvNoMemory:     d.stats.recvNoMemory.Load(),
+		RecvPostErrors:   d.stats.recvPostErrors.Load(),
+		RegErrors:        d.stats.regErrors.Load(),
+		LimitEvents:      d.stats.limitEvents.Load(),
+		Small:            d.small.snapshot(),
+		Large:            d.large.snapshot(),
+		Provider:         d.dev.Stats(),
+	}
+}
