@@ -110,7 +110,7 @@ func TestCommandErrors(t *testing.T) {
 		{"peer that is not there", []string{"client", nobody}, 1, "connection refused"},
 		{"address in use", []string{"server", "--addr", used.Addr().String()}, 1, "address already in use"},
 		{"address of nobody", []string{"--addr", "127.0.77.1,192.0.2.1"}, 1, "192.0.2.1"},
-		{"RoCE port in use", []string{"--addr", localAddrs, "--roce-port", rocePort}, 1, "address in use"},
+		{"RoCE port in use", []string{"--addr", localAddrs, "--roce-port", rocePort}, 1, testClientAddr + ":" + rocePort},
 		{"profile into nowhere", []string{"--addr", localAddrs, "--cpuprofile", "/nowhere/x"}, 1, "/nowhere/x"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

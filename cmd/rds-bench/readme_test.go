@@ -36,10 +36,11 @@ func TestReadmeProgram(t *testing.T) {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	for _, firstIsSender := range []bool{false, true} {
-		var heard bytes.Buffer
+		var heard, said bytes.Buffer
 		receiver := exec.Command(exe, "127.0.77.3:4000")
 		receiver.Stdout, receiver.Stderr = &heard, &heard
 		sender := exec.Command(exe, "127.0.77.4:4000", "127.0.77.3:4000")
+		sender.Stderr = &said
 		order := []*exec.Cmd{receiver, sender}
 		if firstIsSender {
 			order = []*exec.Cmd{sender, receiver}
@@ -52,7 +53,7 @@ func TestReadmeProgram(t *testing.T) {
 			defer kill.Stop()
 		}
 		if err := sender.Wait(); err != nil {
-			t.Errorf("sender first %v: the sender: %v", firstIsSender, err)
+			t.Errorf("sender first %v: the sender: %v\n%s", firstIsSender, err, said.String())
 		}
 		if err := receiver.Wait(); err != nil {
 			t.Errorf("sender first %v: the receiver: %v", firstIsSender, err)

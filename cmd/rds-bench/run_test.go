@@ -65,7 +65,7 @@ func testSpec(transport, test string, size int) spec {
 }
 
 // testTransports are the transports that the machine under test can run.
-var testTransports = []string{transportTCP, transportUDP}
+var testTransports = []string{transportRDS, transportTCP, transportUDP}
 
 var newTransport = transportOpener(hclog.NewNullLogger())
 
