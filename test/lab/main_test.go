@@ -1,0 +1,43 @@
+//go:build lab && linux
+
+package lab
+
+import (
+	"sync"
+	"testing"
+)
+
+func TestMain(m *testing.M) { Main(m, nil) }
+
+// shared is the guest that most tests use, booted by the first.
+var shared struct {
+	sync.Mutex
+	g *Guest
+}
+
+// guest returns the shared guest with the link at mtu, after checking that it still lives. The guest's log is
+// checked when t ends.
+func guest(t testing.TB, mtu int) *Guest {
+	t.Helper()
+	Need(t)
+	shared.Lock()
+	defer shared.Unlock()
+	if shared.g != nil {
+		select {
+		case <-shared.g.exited: // killed because it hung
+			shared.g = nil
+		default:
+		}
+	}
+	if shared.g == nil {
+		g, err := Start(t.Context(), Config{MTU: mtu})
+		if err != nil {
+			t.Fatal(err)
+		}
+		shared.g = g
+	}
+	g := shared.g
+	g.SetMTU(t, mtu)
+	t.Cleanup(func() { g.CheckLog(t) })
+	return g
+}
