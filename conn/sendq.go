@@ -170,7 +170,9 @@ func (q *sendQueue) append(o Owner, sport, dport uint16, n int, ack uint64, flag
 // place finds the chunk where a message of n bytes begins, and adds the chunks it goes on in.
 func (q *sendQueue) place(n int) (ser uint32, ok bool) {
 	if q.firstSer == q.lastSer || q.chunk(q.lastSer-1).full {
-		return q.lastSer, q.addChunks(n)
+		ser = q.lastSer
+		ok = q.addChunks(n)
+		return ser, ok
 	}
 	ser = q.lastSer - 1
 	c := q.chunk(ser)
@@ -180,7 +182,8 @@ func (q *sendQueue) place(n int) (ser uint32, ok bool) {
 	}
 	if n > noSplit && avail >= minSplit {
 		// Only a large chunk has that much left, so only the last piece of a message lies in a chunk that is not.
-		return ser, q.addChunks(n - avail)
+		ok = q.addChunks(n - avail)
+		return ser, ok
 	}
 	if !q.addChunks(n) {
 		return 0, false
