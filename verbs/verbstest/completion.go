@@ -122,6 +122,7 @@ func armOnce(l *lab) {
 func armMissed(l *lab) {
 	p, b := bellPair(l)
 	p.ping(0)
+	l.settle()
 	for _, solicited := range []bool{false, true} {
 		if !p.b.rcq.Arm(solicited) {
 			l.Fatalf("Arm(%v) reports the completion that is there", solicited)
@@ -431,7 +432,13 @@ func progressByWaiters(l *lab) {
 			for range 4 {
 				pr.Progress()
 			}
-			return cq.Poll(wc[:]) == 1
+			if cq.Poll(wc[:]) == 1 {
+				return true
+			}
+			if p, ok := pr.(interface{ Park() }); ok { // about to sleep
+				p.Park()
+			}
+			return false
 		})
 	}
 	done := make(chan bool, 1)

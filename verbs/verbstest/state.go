@@ -345,6 +345,7 @@ func sqdDrain(l *lab) {
 	p.toSQD(p.a, true)
 	l.a.wantEvent("the send queue drains", ofQP(p.a.qp), verbs.EventSQDrained)
 	// Drained: what was begun is complete and no other has been begun.
+	l.settle()
 	var wcs [16]verbs.WC
 	done := uint64(p.a.scq.Poll(wcs[:]))
 	for i, wc := range wcs[:done] {
