@@ -58,6 +58,9 @@ type Device interface {
 // never waits.
 type Progresser interface {
 	Progress() bool
+	// Park is called by who has called Progress and is about to sleep: from now on arrivals wake the
+	// device by themselves.
+	Park()
 }
 
 // Listener is a CM listener.

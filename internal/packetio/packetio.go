@@ -70,6 +70,15 @@ type Conn interface {
 	Close() error
 }
 
+// Sleeper is implemented by Conns where a packet's arrival wakes a thread at a cost, which is wasted when
+// somebody polls Recv anyway.
+type Sleeper interface {
+	// Sleep is Wait without regard to packets that arrive, until Arm is called.
+	Sleep(deadline time.Time) error
+	// Arm ends the disregard: from now on an arrival ends the Sleep. Safe beside everything else.
+	Arm()
+}
+
 // Network makes Conns.
 type Network interface {
 	// Listen binds a Conn to local. ErrAddrInUse-like errors name the address.

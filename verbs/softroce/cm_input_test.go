@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"runtime"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -620,7 +621,7 @@ func TestCMBounds(t *testing.T) {
 			dreq := encode(&cmwire.DREQ{LocalCommID: 1, RemoteCommID: 2})
 			b.cm.input(p.addr, dreq)
 			for b.cm.queued() != 0 {
-				time.Sleep(time.Millisecond) // until the worker has taken the first
+				runtime.Gosched() // until the worker has taken the first; blocked on a mutex, it would hold virtual time still
 			}
 			for range 2 * cmMaxQueued {
 				b.cm.input(p.addr, dreq)

@@ -43,6 +43,14 @@ func (d *device) CreateCQ(cfg verbs.CQConfig) (verbs.CQ, error) {
 	return &cq{dev: d, handler: cfg.Handler, ring: make([]verbs.WC, cfg.Depth)}, nil
 }
 
+// use counts a queue that completes here; false, though counted, when the CQ is closed.
+func (c *cq) use() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.users.Inc()
+	return !c.closed
+}
+
 // push adds a completion. Engine role. It reports false on overflow, when the completion is lost.
 func (c *cq) push(wc *verbs.WC, solicited bool) bool {
 	c.mu.Lock()

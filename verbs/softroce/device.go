@@ -129,6 +129,11 @@ type device struct {
 	role      sync.Mutex   // the engine role
 	waitUntil atomic.Int64 // when the engine goroutine will wake by itself, Unix ns
 
+	// Callers of Progress, and the engine goroutine's leaving the socket to them.
+	polls   atomic.Uint64
+	asleep  atomic.Bool
+	sleeper packetio.Sleeper // conn, if it can; else nil
+
 	// Notes for the holder of the role, left by whoever.
 	nKicks    atomic.Int32
 	kickMu    sync.Mutex
@@ -183,6 +188,7 @@ func newDevice(p *Provider, addr netip.Addr, conn packetio.Conn) *device {
 	}
 	d.part = e.Register("softroce " + addr.String())
 	d.tx.init(d)
+	d.sleeper, _ = conn.(packetio.Sleeper)
 	d.cm = newConnManager(d, mrand.New(mrand.NewPCG(d.random64(), d.random64())))
 	return d
 }
@@ -210,6 +216,9 @@ func (d *device) Addr() netip.Addr       { return d.addr }
 // Connect implements verbs.Device.
 func (d *device) Connect(ctx context.Context, remote netip.AddrPort, vq verbs.QP, p verbs.ConnParam, prepare func() error) (verbs.Endpoint, verbs.Connected, error) {
 	d.mayWait("Device.Connect")
+	if q, ok := vq.(*qp); !ok || q.dev != d {
+		return nil, verbs.Connected{}, fmt.Errorf("connect: the QP is of another device: %w", verbs.ErrInvalid)
+	}
 	return d.cm.connect(ctx, remote, vq, p, prepare)
 }
 

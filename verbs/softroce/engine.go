@@ -14,12 +14,17 @@ import (
 // a second-level cache.
 const rxBatch = 8
 
+// pollTick is how long the engine leaves the socket to those who poll it before it looks again. If they
+// go off without Park, to compute say, acknowledgements wait that long.
+const pollTick = 200 * time.Microsecond
+
 // maxRounds bounds how often one step goes round between requesters and handlers that post.
 const maxRounds = 8
 
 // run is the engine goroutine.
 func (d *device) run() {
 	defer close(d.stopped)
+	var seen uint64 // polls at the last Sleep
 	for {
 		d.role.Lock()
 		if d.closing {
@@ -34,7 +39,22 @@ func (d *device) run() {
 		if busy || d.nKicks.Load() > 0 {
 			continue
 		}
-		if d.conn.Wait(next, blocked) != nil {
+		var err error
+		if n := d.polls.Load(); n != seen && !blocked && d.sleeper != nil {
+			// Somebody has polled since we were last here, and most likely goes on: packets are left to
+			// him for a while, so that their arrival does not wake two.
+			seen = n
+			tick := time.Now().Add(pollTick)
+			if !next.IsZero() && next.Before(tick) {
+				tick = next
+			}
+			d.asleep.Store(true)
+			err = d.sleeper.Sleep(tick)
+			d.asleep.Store(false)
+		} else {
+			err = d.conn.Wait(next, blocked)
+		}
+		if err != nil {
 			return
 		}
 	}
@@ -56,9 +76,17 @@ func (d *device) Progress() bool {
 		d.role.Unlock()
 		return false
 	}
+	d.polls.Inc()
 	did := d.step(true)
 	d.unlockRole()
 	return did
+}
+
+// Park implements verbs.Progresser.
+func (d *device) Park() {
+	if d.asleep.Load() {
+		d.sleeper.Arm()
+	}
 }
 
 // runTX lets requesters send from the caller's goroutine, unless somebody has the role, who will
@@ -175,11 +203,14 @@ func (d *device) takeKicks() {
 			continue
 		}
 		q.applyErr()
-		if q.State() == verbs.StateErr {
-			q.enterErr()
-			continue
+		switch q.State() {
+		case verbs.StateErr:
+			q.enterErr() // flushes what was posted since
+		case verbs.StateSQE:
+			q.flushSends()
+		default:
+			d.queueTX(q)
 		}
-		d.queueTX(q)
 	}
 	for i := range d.gsiSpare {
 		d.sendGSI(&d.gsiSpare[i])

@@ -127,11 +127,16 @@ func (p *pd) CreateQP(cfg verbs.QPConfig) (verbs.QP, error) {
 		if cfg.MaxRecvWR == 0 {
 			q.rq.slots = q.rq.slots[:0:0]
 		}
-	} else {
-		s.users.Inc()
 	}
-	scq.users.Inc()
-	rcq.users.Inc()
+	open := scq.use()
+	open = rcq.use() && open
+	if s != nil {
+		open = s.use() && open
+	}
+	if !open {
+		q.dropUses()
+		return nil, fmt.Errorf("create QP: completion or shared receive queue: %w", verbs.ErrClosed)
+	}
 	if _, err := d.qps.reserve(func(n uint32) *qp { q.num = n; return q }); err != nil {
 		q.dropUses()
 		return nil, fmt.Errorf("create QP: %w", err)
@@ -213,7 +218,7 @@ func (q *qp) postLocked(wrs []verbs.SendWR) (int, error) {
 			if wr.Opcode != verbs.OpSend && wr.Opcode != verbs.OpSendWithImm {
 				return i, fmt.Errorf("post send: %v on UD: %w", wr.Opcode, verbs.ErrInvalid)
 			}
-			if wr.AH == nil || wr.AH.Remote.Is4() != q.dev.addr.Is4() {
+			if wr.AH == nil || !wr.AH.Remote.IsValid() || wr.AH.Remote.Is4In6() || wr.AH.Remote.Is4() != q.dev.addr.Is4() {
 				return i, fmt.Errorf("post send: no address vector of the device's family: %w", verbs.ErrInvalid)
 			}
 			if int(total) > q.dev.attr.ActiveMTU.Bytes() {

@@ -147,6 +147,14 @@ func (p *pd) CreateSRQ(cfg verbs.SRQConfig) (verbs.SRQ, error) {
 	return s, nil
 }
 
+// use counts a QP; false, though counted, when the queue is closed.
+func (s *srq) use() bool {
+	s.state.Lock()
+	defer s.state.Unlock()
+	s.users.Inc()
+	return !s.state.closed
+}
+
 // PostRecv implements verbs.SRQ.
 func (s *srq) PostRecv(wrs []verbs.RecvWR) (int, error) {
 	s.state.Lock()
@@ -161,6 +169,11 @@ func (s *srq) PostRecv(wrs []verbs.RecvWR) (int, error) {
 func (s *srq) Arm(limit int) error {
 	if limit < 0 || limit > len(s.slots) {
 		return fmt.Errorf("arm SRQ: limit %d: %w", limit, verbs.ErrInvalid)
+	}
+	s.state.Lock()
+	defer s.state.Unlock()
+	if s.state.closed {
+		return verbs.ErrClosed
 	}
 	s.limit.Store(int32(limit))
 	return nil

@@ -386,16 +386,35 @@ func (c *udpConn) Wait(deadline time.Time, wantWrite bool) error {
 	if err := c.setTimer(deadline); err != nil {
 		return err
 	}
-	ev := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLONESHOT, Fd: int32(c.fd)}
 	if wantWrite {
 		// Receiving waits until what is blocked has left (see device.step).
-		ev.Events = unix.EPOLLOUT | unix.EPOLLONESHOT
+		c.arm(unix.EPOLLOUT)
+	} else {
+		c.arm(unix.EPOLLIN)
 	}
-	if err := unix.EpollCtl(c.ep, unix.EPOLL_CTL_MOD, c.fd, &ev); err != nil {
+	return c.sleep()
+}
+
+// Sleep implements packetio.Sleeper: the one-shot stays unarmed.
+func (c *udpConn) Sleep(deadline time.Time) error {
+	if c.closed.Load() {
 		return net.ErrClosed
 	}
-	err := c.epRaw.Read(c.ready)
-	if err != nil {
+	if err := c.setTimer(deadline); err != nil {
+		return err
+	}
+	return c.sleep()
+}
+
+// Arm implements packetio.Sleeper.
+func (c *udpConn) Arm() { c.arm(unix.EPOLLIN) }
+
+func (c *udpConn) arm(events uint32) {
+	unix.EpollCtl(c.ep, unix.EPOLL_CTL_MOD, c.fd, &unix.EpollEvent{Events: events | unix.EPOLLONESHOT, Fd: int32(c.fd)})
+}
+
+func (c *udpConn) sleep() error {
+	if c.epRaw.Read(c.ready) != nil {
 		return net.ErrClosed
 	}
 	return nil
