@@ -154,8 +154,8 @@ func hostLink(mtu int) error {
 	_ = ip("link", "del", HostLink) // of a guest that has just gone
 	for _, args := range [][]string{
 		{"tuntap", "add", HostLink, "mode", "tap"},
-		// A fixed address: neighbour entries of a guest that stays outlive nothing, but captures compare.
-		{"link", "set", HostLink, "address", "52:54:00:77:00:01", "mtu", fmt.Sprint(mtu), "up"},
+		// Room for a whole READ response of 1 MiB at path MTU 1024: it comes in one go, and the guest is slow.
+		{"link", "set", HostLink, "address", "52:54:00:77:00:01", "mtu", fmt.Sprint(mtu), "txqueuelen", "16384", "up"},
 		{"addr", "add", HostAddr4 + "/24", "dev", HostLink},
 		{"addr", "add", HostAddr6 + "/64", "dev", HostLink, "nodad"},
 	} {

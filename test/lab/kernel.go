@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"testing"
 
 	"golang.org/x/sys/unix"
 )
@@ -351,6 +352,20 @@ func (c *cpio) console(name string) { c.entry(name, unix.S_IFCHR|0o600, 5, 1, ni
 func (c *cpio) bytes() []byte {
 	c.entry("TRAILER!!!", 0, 0, 0, nil)
 	return c.buf.Bytes()
+}
+
+// CompileC compiles a C file against libibverbs and librdmacm for the guest and returns the program's path.
+func CompileC(t testing.TB, src string) string {
+	t.Helper()
+	Need(t)
+	out := workPath(strings.TrimSuffix(filepath.Base(src), ".c"))
+	if _, err := os.Stat(out); err == nil {
+		return out
+	}
+	if err := command("gcc", "-O1", "-Wall", "-Wextra", "-Werror", "-o", out, src, "-lrdmacm", "-libverbs"); err != nil {
+		t.Fatal(err)
+	}
+	return out
 }
 
 // initrdPath writes the RAM disk once per process.
