@@ -477,6 +477,12 @@ func (g *Guest) Sysctl(t testing.TB, name, value string) {
 
 func (g *Guest) loadModules(ctx context.Context, modules []string) error {
 	modules = append([]string{"virtio_net", "virtio_rng"}, modules...)
+	// What the kernel asks for by itself (queueing disciplines, devices) is in the unpacked package too.
+	const helper = "/run/modprobe"
+	script := fmt.Sprintf("printf '#!/bin/sh\\nexec /sbin/modprobe -d %s \"$@\"\\n' > %s && chmod +x %[2]s && echo %[2]s > /proc/sys/kernel/modprobe", os.Getenv(kernelEnv), helper)
+	if _, err := g.Output(ctx, "sh", "-c", script); err != nil {
+		return err
+	}
 	if _, err := g.Output(ctx, append([]string{"modprobe", "-a", "-d", os.Getenv(kernelEnv)}, modules...)...); err != nil {
 		return err
 	}
@@ -487,6 +493,23 @@ func (g *Guest) loadModules(ctx context.Context, modules []string) error {
 func (g *Guest) AddRXE(ctx context.Context) error {
 	_, err := g.Output(ctx, "rdma", "link", "add", RXE, "type", "rxe", "netdev", GuestLink)
 	return err
+}
+
+// Impair has the guest's link treat packets in both directions as netem's arguments say ("loss", "1%") until t
+// ends. The incoming direction is bent through an ifb device.
+func (g *Guest) Impair(t testing.TB, netem ...string) {
+	t.Helper()
+	g.Run(t, "sh", "-c", "ip link show ifb0 >/dev/null 2>&1 || ip link add ifb0 type ifb; ip link set ifb0 up txqueuelen 16384")
+	g.Run(t, "tc", "qdisc", "replace", "dev", GuestLink, "handle", "ffff:", "ingress")
+	g.Run(t, "tc", "filter", "replace", "dev", GuestLink, "parent", "ffff:", "prio", "1", "handle", "1", "matchall", "action", "mirred", "egress", "redirect", "dev", "ifb0")
+	for _, dev := range []string{GuestLink, "ifb0"} {
+		g.Run(t, append([]string{"tc", "qdisc", "replace", "dev", dev, "root", "netem", "limit", "16384"}, netem...)...)
+	}
+	t.Cleanup(func() {
+		g.Run(t, "tc", "qdisc", "del", "dev", GuestLink, "root")
+		g.Run(t, "tc", "qdisc", "del", "dev", GuestLink, "ingress")
+		g.Run(t, "ip", "link", "del", "ifb0")
+	})
 }
 
 // SetMTU sets the Ethernet MTU of both ends of the link.

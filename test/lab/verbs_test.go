@@ -193,6 +193,10 @@ func newGuestEnd(t testing.TB, g *Guest) *guestEnd {
 			t.Error(err)
 		}
 	})
+	return newGuestEndOn(t, p)
+}
+
+func newGuestEndOn(t testing.TB, p *Process) *guestEnd {
 	return &guestEnd{t: t, p: p, lines: bufio.NewReader(p)}
 }
 
