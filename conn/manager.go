@@ -233,6 +233,9 @@ func (m *Manager) SetCongested(local netip.Addr, port uint16, on bool) {
 // is about to wait for a message calls it first, with no lock held.
 func (m *Manager) Progress() bool { return m.cfg.Registry.Progress() }
 
+// Park is called by a caller of Progress that is about to sleep: see verbs.Progresser.
+func (m *Manager) Park() { m.cfg.Registry.Park() }
+
 // scratchFor is where the receive handler of d gathers messages.
 func (m *Manager) scratchFor(d *ibdev.Device) *rxScratch {
 	m.mu.Lock()

@@ -110,6 +110,13 @@ func (d *Device) Attr() verbs.DeviceAttr { return d.attr }
 // anything: verbs.Progresser, where the device has it.
 func (d *Device) Progress() bool { return d.prog != nil && d.prog.Progress() }
 
+// Park is verbs.Progresser's: a caller of Progress is about to sleep.
+func (d *Device) Park() {
+	if d.prog != nil {
+		d.prog.Park()
+	}
+}
+
 // event is the receiver of asynchronous events.
 func (d *Device) event(e verbs.AsyncEvent) {
 	switch {

@@ -228,6 +228,13 @@ func (r *Registry) Progress() bool {
 	return any
 }
 
+// Park tells every device that a caller of Progress is about to sleep.
+func (r *Registry) Park() {
+	for _, d := range r.table.Load().all {
+		d.Park()
+	}
+}
+
 // Close refuses new devices, gives up the registry's references, and waits until every device has
 // been torn down or ctx ends; the error then names the devices that are still held. As an audit it
 // is called last: whoever holds a device did not close. nil the second time. May wait.

@@ -101,6 +101,8 @@ func (tr *fakeTransport) Progress() bool {
 	return f != nil && f()
 }
 
+func (tr *fakeTransport) Park() {}
+
 func (tr *fakeTransport) Stats() (conn.Stats, []ibdev.DeviceStats) { return conn.Stats{}, nil }
 
 func (tr *fakeTransport) Close(context.Context) (int, error) {

@@ -5,7 +5,6 @@ import (
 	"io"
 	"net"
 	"net/netip"
-	"time"
 )
 
 // Message is a datagram to send, or one that was received and is lent.
@@ -217,9 +216,7 @@ func (r *reading) wait(ctx context.Context) error {
 		return nil
 	}
 	if s.readErr() == nil {
-		from := time.Now()
-		await(ctx, r.w)
-		r.spin.parked(time.Since(from))
+		r.spin.park(ctx, s.svc.tr, r.w)
 	}
 	s.q.readers.remove(r.w)
 	return nil

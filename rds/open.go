@@ -64,6 +64,7 @@ func (st *stack) SetCongested(local netip.Addr, port uint16, on bool) {
 }
 
 func (st *stack) Progress() bool { return st.mgr.Progress() }
+func (st *stack) Park()          { st.mgr.Park() }
 
 func (st *stack) Stats() (conn.Stats, []ibdev.DeviceStats) {
 	var devs []ibdev.DeviceStats

@@ -316,10 +316,8 @@ func (wr *writing) wait(ctx context.Context, why refusal) {
 		if why == noMemory {
 			defer time.AfterFunc(noMemoryRetry, wr.w.notify).Stop()
 		}
-		from := time.Now()
-		await(ctx, wr.w)
+		wr.spin.park(ctx, s.svc.tr, wr.w)
 		wr.leave()
-		wr.spin.parked(time.Since(from))
 		return
 	case final:
 		if !wr.spin.spun {

@@ -1,7 +1,7 @@
 package rds
 
 import (
-	"runtime"
+	"context"
 	"sync/atomic"
 	"time"
 )
@@ -56,13 +56,24 @@ func (sp *spinner) turn(tr transport) bool {
 	} else if now.Sub(sp.start) > spinTime {
 		return false
 	}
-	runtime.Gosched()
+	// No runtime.Gosched: it wakes another thread to look for work, on the core the answer comes from.
 	return true
 }
 
-// parked is told how long the call has been parked: a short time would have been spun with profit.
-func (sp *spinner) parked(d time.Duration) {
-	if d < spinTime {
+// park sleeps until w, which is in its queues, is woken or ctx is done. Then the work begins anew.
+func (sp *spinner) park(ctx context.Context, tr transport, w *waiter) {
+	tr.Park()
+	start := time.Now()
+	if done := ctx.Done(); done != nil {
+		select {
+		case <-w.wake:
+		case <-done:
+		}
+	} else {
+		<-w.wake
+	}
+	// A short sleep would have been spun with profit.
+	if time.Since(start) < spinTime {
 		sp.hint.paid()
 	} else {
 		sp.hint.vain()

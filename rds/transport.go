@@ -19,6 +19,8 @@ type transport interface {
 	SetCongested(local netip.Addr, port uint16, on bool)
 	// Progress does the provider's work that is due and reports whether there was any.
 	Progress() bool
+	// Park says that the caller, who has called Progress, is about to sleep.
+	Park()
 	// Stats are the counters of everything below.
 	Stats() (conn.Stats, []ibdev.DeviceStats)
 	// Close lingers until all messages are acknowledged or ctx is done, then ends all. It says

@@ -153,7 +153,6 @@ type device struct {
 	acks    []*qp
 	cqReady []*cq
 	more    bool
-	woke    bool
 	drops   uint64
 	gsiPSN  uint32
 	gsiIDs  roce.IDTracker

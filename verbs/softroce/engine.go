@@ -31,10 +31,13 @@ func (d *device) run() {
 			d.role.Unlock()
 			return
 		}
-		busy := d.step(true)
+		busy := d.step(true, true)
 		next := d.timers.next()
-		d.waitUntil.Store(unixNano(next))
 		blocked := d.tx.blocked
+		if blocked {
+			next = time.Time{} // nothing is done, timers neither, until the socket takes something
+		}
+		d.waitUntil.Store(unixNano(next))
 		d.role.Unlock()
 		if busy || d.nKicks.Load() > 0 {
 			continue
@@ -77,7 +80,7 @@ func (d *device) Progress() bool {
 		return false
 	}
 	d.polls.Inc()
-	did := d.step(true)
+	did := d.step(true, false)
 	d.unlockRole()
 	return did
 }
@@ -97,7 +100,7 @@ func (d *device) runTX() {
 			d.role.Unlock()
 			return
 		}
-		d.step(false)
+		d.step(false, false)
 		d.leaveRole()
 	}
 }
@@ -132,9 +135,10 @@ func (d *device) kick(q *qp) {
 	d.kickMu.Unlock()
 }
 
-// step does everything that is due. full: with receiving, timers and handlers. It reports whether
+// step does everything that is due. full: with receiving, timers and handlers; yield: giving way once to
+// goroutines that a handler woke. It reports whether
 // there may be more at once. Engine role.
-func (d *device) step(full bool) (more bool) {
+func (d *device) step(full, yield bool) (more bool) {
 	d.part.Enter()
 	defer d.part.Exit()
 	d.now = time.Now()
@@ -172,10 +176,10 @@ func (d *device) step(full bool) (more bool) {
 		if round >= maxRounds {
 			break
 		}
-		if d.nKicks.Load() == 0 && d.woke {
+		if yield && d.nKicks.Load() == 0 {
 			// Give the reader that was just woken a chance to answer: its data then carries our
 			// acknowledgements along.
-			d.woke = false
+			yield = false
 			runtime.Gosched()
 		}
 	}
@@ -253,7 +257,6 @@ func (d *device) runHandlers() {
 		d.leaveHandler()
 	}
 	d.cqReady = append(d.cqReady[:0], d.cqReady[n:]...)
-	d.woke = true
 }
 
 // answers sends what responders owe.

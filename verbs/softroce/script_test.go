@@ -553,3 +553,31 @@ func TestDeregisterHeld(t *testing.T) {
 		}
 	})
 }
+
+// TestSocketFull: while the socket takes nothing the engine sleeps, timers or not, and goes on when
+// it does again.
+func TestSocketFull(t *testing.T) {
+	script(t, func(tc *testContext) {
+		full := func(v bool) {
+			tc.conn.mu.Lock()
+			tc.conn.full = v
+			tc.conn.mu.Unlock()
+			tc.conn.Wake()
+		}
+		tc.post(send(1, tc.sge(0, 10)))
+		tc.want("", roce.RCSendOnly, tx(0))
+		full(true)
+		tc.post(send(2, tc.sge(0, 10)))
+		time.Sleep(5 * time.Second) // timers expire
+		synctest.Wait()
+		tc.wantIdle("the socket is full")
+		full(false)
+		synctest.Wait()
+		tc.want("what waited leaves", roce.RCSendOnly, tx(1))
+		tc.write(roce.RCAck, tx(1), false, aeth(roce.SynACK, 2), nil)
+		tc.wantWC("", 1, verbs.WCSuccess)
+		tc.wantWC("", 2, verbs.WCSuccess)
+		for ok := true; ok; _, ok = tc.read() {
+		}
+	})
+}
