@@ -1,7 +1,6 @@
 package rds
 
 import (
-	"context"
 	"fmt"
 	"net"
 	"net/netip"
@@ -278,16 +277,4 @@ func (s *Socket) updateCongestion() {
 			s.svc.ctr.congSet.Add(1)
 		}
 	}
-}
-
-// await parks w, which is in its queues, until it is woken or ctx is done.
-func await(ctx context.Context, w *waiter) {
-	if done := ctx.Done(); done != nil {
-		select {
-		case <-w.wake:
-		case <-done:
-		}
-		return
-	}
-	<-w.wake
 }
