@@ -17,6 +17,7 @@ func cmCases() []testcase {
 	return []testcase{
 		{"ConnectAcceptPrivateData", cmConnect},
 		{"Parameters", cmParameters},
+		{"Resources", cmResources},
 		{"PrepareComesBeforeData", cmPrepare},
 		{"PrepareFails", cmPrepareFails},
 		{"RejectWithPrivateData", cmReject},
@@ -253,6 +254,29 @@ func cmParameters(l *lab) {
 		if c.got != c.want {
 			l.Errorf("%s: %d, want %d", c.what, c.got, c.want)
 		}
+	}
+}
+
+// cmResources: a connected QP serves WRITEs, and as many READs and atomics as its side said.
+func cmResources(l *lab) {
+	for i, served := range []uint8{4, 0} {
+		pb := cmParam(nil)
+		pb.ResponderResources = served
+		port := uint16(7000 + i)
+		acc := l.b.accept(port, 1, pb)
+		a := l.a.connect(l.b, port, cmParam(nil))
+		acc.next("accept")
+		r := l.b.region(64, allAccess)
+		a.send(remoteWR(1, verbs.OpWrite, newSink(a.end), r, 0))
+		a.wantSent("WRITEs are served", 1, verbs.WCWrite)
+		if served == 0 {
+			a.send(remoteWR(2, verbs.OpRead, newSink(a.end), r, 0))
+			a.wantSendStatus("no READ is issued to who serves none", verbs.WCLocQPOpErr, 2)
+			continue
+		}
+		a.send(remoteWR(2, verbs.OpRead, newSink(a.end), r, 0), remoteWR(3, verbs.OpFetchAdd, newSink(a.end), r, 0))
+		a.wantRead("READs are", 2, 8)
+		a.wantSent("and atomics", 3, verbs.WCFetchAdd)
 	}
 }
 

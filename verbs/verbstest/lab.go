@@ -22,6 +22,8 @@ type lab struct {
 	*testing.T
 	env  Env
 	a, b *node
+	// exact says that time is virtual and nothing is lost: things take as long as they should.
+	exact bool
 
 	iova uint64 // where the next region is registered
 	seed byte
@@ -48,7 +50,7 @@ type node struct {
 	events []verbs.AsyncEvent
 }
 
-func newLab(t *testing.T, env Env) *lab {
+func newLab(t *testing.T, env Env, virtual bool) *lab {
 	t.Helper()
 	if env.Settle == 0 {
 		env.Settle = 20 * time.Millisecond
@@ -56,7 +58,7 @@ func newLab(t *testing.T, env Env) *lab {
 	if len(env.Addrs) < 2 {
 		t.Fatal("the environment has fewer than two addresses")
 	}
-	l := &lab{T: t, env: env, iova: 0x7f00_0000_0000}
+	l := &lab{T: t, env: env, exact: virtual && !env.Lossy, iova: 0x7f00_0000_0000}
 	t.Cleanup(l.closeAll)
 	l.a = l.node("A", 0)
 	l.b = l.node("B", 1)
@@ -276,14 +278,19 @@ func (n *node) region(size int, access verbs.Access) *region {
 
 func (n *node) regionIn(pd verbs.PD, size int, access verbs.Access) *region {
 	n.l.Helper()
-	mem := make([]byte, size)
+	return n.regionOf(pd, make([]byte, size), access)
+}
+
+// regionOf registers mem, after poisoning it.
+func (n *node) regionOf(pd verbs.PD, mem []byte, access verbs.Access) *region {
+	n.l.Helper()
 	n.l.pins.Pin(&mem[0])
 	for i := range mem {
 		mem[i] = poison
 	}
 	mr, err := pd.RegMR(mem, n.l.iova, access)
 	n.l.must("register memory on "+n.name, err)
-	n.l.iova += uint64(size+0xfffff) &^ 0xffff
+	n.l.iova += uint64(len(mem)+0xfffff) &^ 0xffff
 	n.l.mrs = append(n.l.mrs, mr)
 	return &region{mr: mr, mem: mem}
 }

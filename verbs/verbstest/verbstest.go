@@ -47,13 +47,14 @@ type Option func(*options)
 
 type options struct {
 	within   func(*testing.T, func(*testing.T))
+	virtual  bool // within was given
 	parallel bool
 }
 
 // Within runs the body of each case through f. testing/synctest.Test is meant: a provider whose
 // packets stay in the process is then tested in virtual time.
 func Within(f func(*testing.T, func(*testing.T))) Option {
-	return func(o *options) { o.within = f }
+	return func(o *options) { o.within, o.virtual = f, true }
 }
 
 // Parallel runs the cases in parallel. open must then give each call addresses of its own.
@@ -74,7 +75,7 @@ func Run(t *testing.T, open func(t *testing.T) Env, opts ...Option) {
 						t.Parallel()
 					}
 					o.within(t, func(t *testing.T) {
-						c.run(newLab(t, open(t)))
+						c.run(newLab(t, open(t), o.virtual))
 					})
 				})
 			}
