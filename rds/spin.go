@@ -10,11 +10,14 @@ import (
 // work itself for a moment before it parks. The answer is then handled by the goroutine that wants it,
 // without the scheduler between them.
 const (
-	// spinTime bounds the moment. It is about what a round trip over loopback takes; parking and
-	// being woken costs 5 to 50 us, so there is no point in staying much longer.
-	spinTime = 50 * time.Microsecond
-	// Rounds without work bound it too: under virtual time the clock stands still, and a wait that
-	// was vain last time should not burn a core this time.
+	// spinTime bounds the moment. A round trip over loopback takes a tenth of it; parking and being
+	// woken costs 5 to 50 us on each side, so there is no point in staying much longer.
+	spinTime = 100 * time.Microsecond
+	// spinWorth is how short a wait must be, sleep included, to say that one should have worked longer: two who wait
+	// for each other in turn, and both sleep, take that long where they could take 10 us.
+	spinWorth = 200 * time.Microsecond
+	// Rounds without work bound it too, about 0.5 us each: under virtual time the clock stands still, and
+	// where waits are long nobody should burn a core at each of them.
 	spinMin, spinMax = 1, 256
 	// spinWork bounds the rounds that found work: a caller does not become the engine for ever.
 	spinWork = 4096
@@ -25,17 +28,26 @@ type spinHint struct{ rounds atomic.Int32 }
 
 func (h *spinHint) get() int32 { return max(h.rounds.Load(), spinMin) }
 
-func (h *spinHint) paid() { h.rounds.Store(min(h.get()*2, spinMax)) }
+func (h *spinHint) paid() {
+	if n := h.get(); n < spinMax {
+		h.rounds.Store(n * 2)
+	}
+}
 
-func (h *spinHint) vain() { h.rounds.Store(max(h.get()/2, spinMin)) }
+func (h *spinHint) vain() {
+	if n := h.get(); n > spinMin {
+		h.rounds.Store(n / 2)
+	}
+}
 
 // spinner is the work of one call.
 type spinner struct {
 	hint  *spinHint
 	idle  int32
 	work  int32
-	start time.Time
-	spun  bool // rounds were done since the last park
+	start time.Time // of the first idle round
+	spun  bool      // rounds were done since the last park
+	full  bool      // the last of them ended spinTime
 }
 
 // turn does a round of work, and reports false when it is time to park.
@@ -46,24 +58,22 @@ func (sp *spinner) turn(tr transport) bool {
 		sp.work++
 		return sp.work < spinWork
 	}
-	sp.idle++
-	if sp.idle >= sp.hint.get() {
-		return false
-	}
 	now := time.Now()
 	if sp.start.IsZero() {
 		sp.start = now
 	} else if now.Sub(sp.start) > spinTime {
+		sp.full = true
 		return false
 	}
-	// No runtime.Gosched: it wakes another thread to look for work, on the core the answer comes from.
-	return true
+	// Not runtime.Gosched: it wakes another thread to look for work, on the core the answer comes from.
+	osYield()
+	sp.idle++
+	return sp.idle < sp.hint.get()
 }
 
 // park sleeps until w, which is in its queues, is woken or ctx is done. Then the work begins anew.
 func (sp *spinner) park(ctx context.Context, tr transport, w *waiter) {
 	tr.Park()
-	start := time.Now()
 	if done := ctx.Done(); done != nil {
 		select {
 		case <-w.wake:
@@ -72,8 +82,7 @@ func (sp *spinner) park(ctx context.Context, tr transport, w *waiter) {
 	} else {
 		<-w.wake
 	}
-	// A short sleep would have been spun with profit.
-	if time.Since(start) < spinTime {
+	if !sp.full && !sp.start.IsZero() && time.Since(sp.start) < spinWorth {
 		sp.hint.paid()
 	} else {
 		sp.hint.vain()
