@@ -132,6 +132,7 @@ type device struct {
 	// Callers of Progress, and the engine goroutine's leaving the socket to them.
 	polls   atomic.Uint64
 	asleep  atomic.Bool
+	parked  atomic.Uint64    // polls when somebody last parked
 	sleeper packetio.Sleeper // conn, if it can; else nil
 
 	// Notes for the holder of the role, left by whoever.

@@ -31,7 +31,7 @@ func (d *device) run() {
 			d.role.Unlock()
 			return
 		}
-		busy := d.step(true, true)
+		busy := d.step(engineStep)
 		next := d.timers.next()
 		blocked := d.tx.blocked
 		if blocked {
@@ -52,6 +52,9 @@ func (d *device) run() {
 				tick = next
 			}
 			d.asleep.Store(true)
+			if d.parked.Load() == d.polls.Load() { // the last who polled has parked since: see Park
+				d.sleeper.Arm()
+			}
 			err = d.sleeper.Sleep(tick)
 			d.asleep.Store(false)
 		} else {
@@ -72,6 +75,7 @@ func unixNano(t time.Time) int64 {
 
 // Progress implements verbs.Progresser.
 func (d *device) Progress() bool {
+	d.polls.Inc() // also of who comes too early: he will come again
 	if !d.role.TryLock() {
 		return false
 	}
@@ -79,14 +83,14 @@ func (d *device) Progress() bool {
 		d.role.Unlock()
 		return false
 	}
-	d.polls.Inc()
-	did := d.step(true, false)
+	did := d.step(pollStep)
 	d.unlockRole()
 	return did
 }
 
 // Park implements verbs.Progresser.
 func (d *device) Park() {
+	d.parked.Store(d.polls.Load())
 	if d.asleep.Load() {
 		d.sleeper.Arm()
 	}
@@ -100,7 +104,7 @@ func (d *device) runTX() {
 			d.role.Unlock()
 			return
 		}
-		d.step(false, false)
+		d.step(postStep)
 		d.leaveRole()
 	}
 }
@@ -135,10 +139,18 @@ func (d *device) kick(q *qp) {
 	d.kickMu.Unlock()
 }
 
-// step does everything that is due. full: with receiving, timers and handlers; yield: giving way once to
-// goroutines that a handler woke. It reports whether
-// there may be more at once. Engine role.
-func (d *device) step(full, yield bool) (more bool) {
+// stepKind is who takes a step.
+type stepKind uint8
+
+const (
+	engineStep stepKind = iota // the engine goroutine: everything
+	pollStep                   // Progress: everything
+	postStep                   // a poster: no receiving, timers or handlers
+)
+
+// step does everything that is due, and reports whether there may be more at once. Engine role.
+func (d *device) step(kind stepKind) (more bool) {
+	full, yield := kind != postStep, kind == engineStep
 	d.part.Enter()
 	defer d.part.Exit()
 	d.now = time.Now()
@@ -163,6 +175,7 @@ func (d *device) step(full, yield bool) (more bool) {
 		d.runTimers()
 		more = more || n > 0
 	}
+	handled := false
 	for round := 0; ; round++ {
 		d.takeKicks()
 		d.runRequesters()
@@ -173,6 +186,7 @@ func (d *device) step(full, yield bool) (more bool) {
 			continue
 		}
 		d.runHandlers()
+		handled = true
 		if round >= maxRounds {
 			break
 		}
@@ -183,7 +197,12 @@ func (d *device) step(full, yield bool) (more bool) {
 			runtime.Gosched()
 		}
 	}
-	d.answers()
+	if kind != pollStep || !handled || !d.asleep.Load() {
+		d.answers()
+	}
+	// Otherwise he who polls takes what was delivered and most likely answers it: acknowledgements go
+	// along with the answer, in one train, or in his next poll. If he does neither, the engine goroutine, which looks
+	// every pollTick while somebody polls, sends them.
 	if d.tx.open || len(d.tx.trains) > 0 {
 		d.tx.flush()
 	}

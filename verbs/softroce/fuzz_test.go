@@ -106,6 +106,6 @@ func (tc *testContext) injectNow(b []byte) {
 	tc.conn.out = tc.conn.out[:0]
 	tc.conn.mu.Unlock()
 	tc.dev.role.Lock()
-	tc.dev.step(true, false)
+	tc.dev.step(engineStep)
 	tc.dev.unlockRole()
 }
