@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-func TestMain(m *testing.M) { Main(m, nil) }
+func TestMain(m *testing.M) { Main(m, map[string]Program{"afrds": afrdsMain}) }
 
 // shared is the guest that most tests use, booted by the first.
 var shared struct {

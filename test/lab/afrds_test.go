@@ -1,0 +1,409 @@
+//go:build lab && linux
+
+package lab
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"net/netip"
+	"net/rpc"
+	"os"
+	"sync"
+	"testing"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// The kernel's RDS is driven by a program of ours in the guest that opens AF_RDS sockets and serves net/rpc
+// on its standard input and output. Numbers are those of linux/rds.h (rds-protocol spec 1.1, 1.7, 6.1).
+const (
+	afRDS  = 21
+	solRDS = 276
+
+	optCongMonitor = 6
+
+	infoCounters   = 10000
+	infoConns      = 10001
+	infoSendQueue  = 10003
+	infoRetransmit = 10004
+	infoRecvQueue  = 10005
+	infoConns6     = 10011
+
+	siocSetTOS = 0x89E0
+)
+
+// afrdsMain is the program.
+func afrdsMain([]string) int {
+	k := &KernelRDS{socks: make(map[int]int)}
+	fd, err := unix.Socket(afRDS, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "AF_RDS:", err)
+		return 1
+	}
+	k.info = fd
+	srv := rpc.NewServer()
+	if err := srv.Register(k); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	srv.ServeConn(stdio{})
+	return 0
+}
+
+type stdio struct{}
+
+func (stdio) Read(p []byte) (int, error)  { return os.Stdin.Read(p) }
+func (stdio) Write(p []byte) (int, error) { return os.Stdout.Write(p) }
+func (stdio) Close() error                { return nil }
+
+// KernelRDS is the program's service. Calls run at the same time.
+type KernelRDS struct {
+	info int // unbound socket for the information interface
+
+	mu    sync.Mutex
+	next  int
+	socks map[int]int // ID -> descriptor
+}
+
+func (k *KernelRDS) fd(id int) (int, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	fd, ok := k.socks[id]
+	if !ok {
+		return -1, errors.New("no such socket")
+	}
+	return fd, nil
+}
+
+// OpenArgs are the parameters of a socket. Buffers of 0 bytes: 4 MiB.
+type OpenArgs struct {
+	Local          netip.AddrPort // port 0: any
+	TOS            uint8
+	SndBuf, RcvBuf int
+	Monitor        bool // RDS_CONG_MONITOR
+}
+
+// Opened is a socket.
+type Opened struct {
+	ID    int
+	Local netip.AddrPort
+}
+
+// Open opens and binds a socket.
+func (k *KernelRDS) Open(a OpenArgs, out *Opened) error {
+	fd, err := unix.Socket(afRDS, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("socket: %w", err)
+	}
+	for opt, n := range map[int]int{unix.SO_SNDBUFFORCE: a.SndBuf, unix.SO_RCVBUFFORCE: a.RcvBuf} {
+		if n == 0 {
+			n = 4 << 20
+		}
+		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, opt, n); err != nil {
+			return fmt.Errorf("setsockopt: %w", err)
+		}
+	}
+	if a.Monitor {
+		if err := unix.SetsockoptInt(fd, solRDS, optCongMonitor, 1); err != nil {
+			return fmt.Errorf("RDS_CONG_MONITOR: %w", err)
+		}
+	}
+	if err := unix.Bind(fd, sockaddr(a.Local)); err != nil {
+		return fmt.Errorf("bind %v: %w", a.Local, err)
+	}
+	if a.TOS != 0 {
+		if err := unix.IoctlSetPointerInt(fd, siocSetTOS, int(a.TOS)); err != nil {
+			return fmt.Errorf("SIOCRDSSETTOS: %w", err)
+		}
+	}
+	sa, err := unix.Getsockname(fd)
+	if err != nil {
+		return fmt.Errorf("getsockname: %w", err)
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.next++
+	k.socks[k.next] = fd
+	*out = Opened{ID: k.next, Local: addrPortOf(sa)}
+	return nil
+}
+
+// Close closes a socket.
+func (k *KernelRDS) Close(id int, _ *struct{}) error {
+	fd, err := k.fd(id)
+	if err != nil {
+		return err
+	}
+	k.mu.Lock()
+	delete(k.socks, id)
+	k.mu.Unlock()
+	return unix.Close(fd)
+}
+
+// SendArgs are datagrams: number i has Sizes[i] bytes of the pattern Seed+i.
+type SendArgs struct {
+	ID     int
+	To     netip.AddrPort
+	Seed   uint32
+	Sizes  []int
+	NoWait bool
+}
+
+// Sent is how many were accepted, and the error that ended it.
+type Sent struct {
+	N     int
+	Errno unix.Errno
+}
+
+// Send sends datagrams; it waits like the kernel does unless told not to.
+func (k *KernelRDS) Send(a SendArgs, out *Sent) error {
+	fd, err := k.fd(a.ID)
+	if err != nil {
+		return err
+	}
+	flags := 0
+	if a.NoWait {
+		flags = unix.MSG_DONTWAIT
+	}
+	buf := make([]byte, 1<<20)
+	for i, n := range a.Sizes {
+		pattern(buf[:n], a.Seed+uint32(i))
+		if err := unix.Sendto(fd, buf[:n], flags, sockaddr(a.To)); err != nil {
+			return errors.Join(nil, asErrno(err, &out.Errno))
+		}
+		out.N++
+	}
+	return nil
+}
+
+func asErrno(err error, to *unix.Errno) error {
+	if errors.As(err, to) {
+		return nil
+	}
+	return err
+}
+
+// RecvArgs say how many datagrams to wait for, and how long for each.
+type RecvArgs struct {
+	ID, Count int
+	Limit     time.Duration
+}
+
+// Datagram is a received datagram without its content.
+type Datagram struct {
+	From netip.AddrPort
+	Len  int
+	Sum  uint32 // CRC-32
+}
+
+// Recv receives datagrams; fewer than Count if the limit passes.
+func (k *KernelRDS) Recv(a RecvArgs, out *[]Datagram) error {
+	fd, err := k.fd(a.ID)
+	if err != nil {
+		return err
+	}
+	buf := make([]byte, 1<<20)
+	end := time.Now().Add(a.Limit)
+	for len(*out) < a.Count {
+		n, sa, err := unix.Recvfrom(fd, buf, unix.MSG_DONTWAIT)
+		switch {
+		case err == unix.EAGAIN || err == nil && sa == nil: // nothing, or news about congestion
+			left := time.Until(end)
+			if left <= 0 {
+				return nil
+			}
+			if _, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(min(left, time.Second).Milliseconds())+1); err != nil && err != unix.EINTR {
+				return err
+			}
+		case err != nil:
+			return err
+		default:
+			*out = append(*out, Datagram{From: addrPortOf(sa), Len: n, Sum: crc32.ChecksumIEEE(buf[:n])})
+			end = time.Now().Add(a.Limit)
+		}
+	}
+	return nil
+}
+
+// Poll waits until the socket has one of events and returns those it has.
+func (k *KernelRDS) Poll(a struct {
+	ID     int
+	Events int16
+	Limit  time.Duration
+}, out *int16) error {
+	fd, err := k.fd(a.ID)
+	if err != nil {
+		return err
+	}
+	fds := []unix.PollFd{{Fd: int32(fd), Events: a.Events}}
+	_, err = unix.Poll(fds, int(a.Limit.Milliseconds()))
+	*out = fds[0].Revents
+	return err
+}
+
+// infoItems reads one of the RDS_INFO lists (rds-protocol spec 6.1).
+func (k *KernelRDS) infoItems(num int) ([][]byte, error) {
+	buf := make([]byte, 64<<10)
+	for {
+		length := uint32(len(buf))
+		size, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(k.info), solRDS, uintptr(num), uintptr(unsafe.Pointer(&buf[0])), uintptr(unsafe.Pointer(&length)), 0)
+		if errno == unix.ENOSPC {
+			buf = make([]byte, length+4096)
+			continue
+		}
+		if errno != 0 {
+			return nil, fmt.Errorf("RDS_INFO %d: %w", num, errno)
+		}
+		var items [][]byte
+		for b := buf[:length]; size > 0 && len(b) >= int(size); b = b[size:] {
+			items = append(items, b[:size])
+		}
+		return items, nil
+	}
+}
+
+// Counters are the kernel's counters by name.
+func (k *KernelRDS) Counters(_ struct{}, out *map[string]uint64) error {
+	items, err := k.infoItems(infoCounters)
+	if err != nil {
+		return err
+	}
+	*out = make(map[string]uint64)
+	for _, it := range items {
+		name, _, _ := bytes.Cut(it[:32], []byte{0})
+		(*out)[string(name)] = binary.NativeEndian.Uint64(it[32:])
+	}
+	return nil
+}
+
+// KernelConn is a connection as the kernel shows it.
+type KernelConn struct {
+	NextTX, NextRX uint64
+	Local, Remote  netip.Addr
+	Transport      string
+	Flags, TOS     uint8
+}
+
+// Connection flags.
+const (
+	connSending    = 1
+	connConnecting = 2
+	connUp         = 4
+)
+
+// Conns lists the connections over IPv4.
+func (k *KernelRDS) Conns(_ struct{}, out *[]KernelConn) error {
+	items, err := k.infoItems(infoConns)
+	if err != nil {
+		return err
+	}
+	for _, it := range items {
+		name, _, _ := bytes.Cut(it[24:40], []byte{0})
+		*out = append(*out, KernelConn{
+			NextTX: binary.NativeEndian.Uint64(it), NextRX: binary.NativeEndian.Uint64(it[8:]),
+			Local: netip.AddrFrom4([4]byte(it[16:20])), Remote: netip.AddrFrom4([4]byte(it[20:24])),
+			Transport: string(name), Flags: it[40], TOS: it[41],
+		})
+	}
+	return nil
+}
+
+// Queued counts the messages on one of the kernel's queues: infoSendQueue, infoRetransmit or infoRecvQueue.
+func (k *KernelRDS) Queued(num int, out *int) error {
+	items, err := k.infoItems(num)
+	*out = len(items)
+	return err
+}
+
+func sockaddr(ap netip.AddrPort) unix.Sockaddr {
+	if ap.Addr().Is4() {
+		return &unix.SockaddrInet4{Port: int(ap.Port()), Addr: ap.Addr().As4()}
+	}
+	return &unix.SockaddrInet6{Port: int(ap.Port()), Addr: ap.Addr().As16()}
+}
+
+func addrPortOf(sa unix.Sockaddr) netip.AddrPort {
+	switch sa := sa.(type) {
+	case *unix.SockaddrInet4:
+		return netip.AddrPortFrom(netip.AddrFrom4(sa.Addr), uint16(sa.Port))
+	case *unix.SockaddrInet6:
+		return netip.AddrPortFrom(netip.AddrFrom16(sa.Addr), uint16(sa.Port))
+	}
+	return netip.AddrPort{}
+}
+
+// kernelEnd is the host's handle on the program.
+type kernelEnd struct {
+	t testing.TB
+	p *Process
+	c *rpc.Client
+}
+
+type procConn struct{ *Process }
+
+func (p procConn) Close() error { return p.CloseWrite() }
+
+func newKernelEnd(t testing.TB, g *Guest) *kernelEnd {
+	t.Helper()
+	p, err := g.StartProgram("afrds")
+	if err != nil {
+		t.Fatal(err)
+	}
+	k := &kernelEnd{t: t, p: p, c: rpc.NewClient(procConn{p})}
+	t.Cleanup(func() {
+		_ = p.Signal(unix.SIGKILL)
+		<-p.Done()
+		_ = k.c.Close()
+		if t.Failed() && p.Stderr() != "" {
+			t.Logf("guest's AF_RDS program: %s", p.Stderr())
+		}
+	})
+	return k
+}
+
+// call calls a method; an answer that does not come kills the program.
+func (k *kernelEnd) call(method string, args, reply any) error {
+	limit := time.AfterFunc(2*time.Minute, func() { _ = k.p.Signal(unix.SIGKILL) })
+	defer limit.Stop()
+	if err := k.c.Call("KernelRDS."+method, args, reply); err != nil {
+		return fmt.Errorf("kernel RDS: %s: %w %s", method, err, k.p.Stderr())
+	}
+	return nil
+}
+
+func (k *kernelEnd) must(method string, args, reply any) {
+	k.t.Helper()
+	if err := k.call(method, args, reply); err != nil {
+		k.t.Fatal(err)
+	}
+}
+
+func (k *kernelEnd) open(a OpenArgs) Opened {
+	k.t.Helper()
+	var o Opened
+	k.must("Open", a, &o)
+	return o
+}
+
+func (k *kernelEnd) counters() (m map[string]uint64) {
+	k.t.Helper()
+	k.must("Counters", struct{}{}, &m)
+	return m
+}
+
+func (k *kernelEnd) conns() (c []KernelConn) {
+	k.t.Helper()
+	k.must("Conns", struct{}{}, &c)
+	return c
+}
+
+func (k *kernelEnd) queued(num int) (n int) {
+	k.t.Helper()
+	k.must("Queued", num, &n)
+	return n
+}
