@@ -86,7 +86,7 @@ type qp struct {
 	txList   bool // on dev.txq
 }
 
-func (q *qp) slot(i uint32) *swqe { return &q.sq[i%uint32(len(q.sq))] }
+func (q *qp) slot(i uint32) *swqe { return &q.sq[i&uint32(len(q.sq)-1)] }
 
 // CreateQP implements verbs.PD.
 func (p *pd) CreateQP(cfg verbs.QPConfig) (verbs.QP, error) {
@@ -120,13 +120,10 @@ func (p *pd) CreateQP(cfg verbs.QPConfig) (verbs.QP, error) {
 		return nil, fmt.Errorf("create QP: %w", err)
 	}
 	q := &qp{dev: d, pd: p, typ: cfg.Type, cfg: cfg, scq: scq, rcq: rcq, srq: s, timerIdx: -1}
-	q.sq = make([]swqe, cfg.MaxSendWR)
-	q.sqStore = make([]sge, cfg.MaxSendWR*cfg.MaxSendSGE)
+	q.sq = make([]swqe, ringSlots(cfg.MaxSendWR))
+	q.sqStore = make([]sge, len(q.sq)*cfg.MaxSendSGE)
 	if s == nil {
-		q.rq.init(p, max(cfg.MaxRecvWR, 1), cfg.MaxRecvSGE)
-		if cfg.MaxRecvWR == 0 {
-			q.rq.slots = q.rq.slots[:0:0]
-		}
+		q.rq.init(p, cfg.MaxRecvWR, cfg.MaxRecvSGE)
 	}
 	open := scq.use()
 	open = rcq.use() && open
@@ -185,7 +182,7 @@ func (q *qp) postLocked(wrs []verbs.SendWR) (int, error) {
 	for i := range wrs {
 		wr := &wrs[i]
 		t := q.tail.Load()
-		if int(t-q.head.Load()) == len(q.sq) {
+		if int(t-q.head.Load()) == q.cfg.MaxSendWR {
 			return i, verbs.ErrSQFull
 		}
 		if len(wr.SGs) > q.cfg.MaxSendSGE {
@@ -201,7 +198,7 @@ func (q *qp) postLocked(wrs []verbs.SendWR) (int, error) {
 		if total > maxMessage {
 			return i, fmt.Errorf("post send: %d bytes: %w", total, verbs.ErrInvalid)
 		}
-		k := t % uint32(len(q.sq))
+		k := t & uint32(len(q.sq)-1)
 		w := &q.sq[k]
 		*w = swqe{id: wr.ID, op: wr.Opcode, flags: wr.Flags, imm: wr.Imm, rkey: uint32(wr.RKey), raddr: wr.RemoteAddr,
 			cmp: wr.CompareAdd, swap: wr.Swap, total: uint32(total)}

@@ -2,6 +2,7 @@ package softroce
 
 import (
 	"fmt"
+	"math/bits"
 	"sync"
 
 	"go.uber.org/atomic"
@@ -23,17 +24,25 @@ type recvRing struct {
 	pd     *pd
 	maxSGE int
 	mu     sync.Mutex
-	slots  []rwqe
-	store  []sge // maxSGE per slot
+	depth  int    // requests it takes
+	slots  []rwqe // ringSlots(depth)
+	store  []sge  // maxSGE per slot
 	head   atomic.Uint32
 	tail   atomic.Uint32
 }
 
 func (r *recvRing) init(p *pd, n, maxSGE int) {
-	r.pd, r.maxSGE = p, maxSGE
-	r.slots = make([]rwqe, n)
-	r.store = make([]sge, n*maxSGE)
+	r.pd, r.maxSGE, r.depth = p, maxSGE, n
+	r.slots = make([]rwqe, ringSlots(n))
+	r.store = make([]sge, len(r.slots)*maxSGE)
 }
+
+// ringSlots is how many slots a ring of n requests has: a power of two, so that indexes, which run on
+// for ever, still name n different slots in a row when they pass 2^32.
+func ringSlots(n int) int { return 1 << bits.Len(uint(max(n, 1)-1)) }
+
+// slot is the place of index i.
+func (r *recvRing) slot(i uint32) *rwqe { return &r.slots[i&uint32(len(r.slots)-1)] }
 
 func (r *recvRing) len() int { return int(r.tail.Load() - r.head.Load()) }
 
@@ -47,10 +56,10 @@ func (r *recvRing) post(wrs []verbs.RecvWR) (int, error) {
 			return i, fmt.Errorf("post receive: %d SGEs, limit %d: %w", len(wr.SGs), r.maxSGE, verbs.ErrInvalid)
 		}
 		t := r.tail.Load()
-		if int(t-r.head.Load()) == len(r.slots) {
+		if int(t-r.head.Load()) == r.depth {
 			return i, verbs.ErrRQFull
 		}
-		k := int(t % uint32(len(r.slots)))
+		k := int(t & uint32(len(r.slots)-1))
 		w := &r.slots[k]
 		sgs, total, bad := r.pd.resolve(r.store[k*r.maxSGE:(k+1)*r.maxSGE:(k+1)*r.maxSGE], wr.SGs)
 		if total > maxMessage {
@@ -70,7 +79,7 @@ func (r *recvRing) take(dst *rwqe) bool {
 	if h == r.tail.Load() {
 		return false
 	}
-	w := &r.slots[h%uint32(len(r.slots))]
+	w := r.slot(h)
 	store := append(dst.sgs[:0], w.sgs...)
 	clear(w.sgs)
 	*dst = *w
@@ -85,7 +94,7 @@ func (r *recvRing) discard() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for h := r.head.Load(); h != r.tail.Load(); h++ {
-		release(r.slots[h%uint32(len(r.slots))].sgs)
+		release(r.slot(h).sgs)
 		r.head.Store(h + 1)
 	}
 }
@@ -95,7 +104,7 @@ func (r *recvRing) holds(m *mr) (n int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for h := r.head.Load(); h != r.tail.Load(); h++ {
-		if namesRegion(r.slots[h%uint32(len(r.slots))].sgs, m) {
+		if namesRegion(r.slot(h).sgs, m) {
 			n++
 		}
 	}
@@ -167,7 +176,7 @@ func (s *srq) PostRecv(wrs []verbs.RecvWR) (int, error) {
 
 // Arm implements verbs.SRQ.
 func (s *srq) Arm(limit int) error {
-	if limit < 0 || limit > len(s.slots) {
+	if limit < 0 || limit > s.depth {
 		return fmt.Errorf("arm SRQ: limit %d: %w", limit, verbs.ErrInvalid)
 	}
 	s.state.Lock()
