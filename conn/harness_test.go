@@ -38,6 +38,8 @@ type host struct {
 	slab  *slab.Slab
 	epoch *epoch.Domain
 	sink  *testSink
+
+	closed bool
 }
 
 type hostOptions struct {
@@ -63,9 +65,17 @@ func newHost(t testing.TB, net packetio.Network, addr netip.Addr, mod ...func(*h
 	o.regCfg.Providers = []verbs.Provider{softroce.New(o.sr)}
 	o.regCfg.Slab, o.regCfg.Epoch = h.slab, h.epoch
 	h.reg = ibdev.NewRegistry(o.regCfg)
-	o.cfg.Registry, o.cfg.Slab, o.cfg.Epoch, o.cfg.Sink = h.reg, h.slab, h.epoch, h.sink
+	o.cfg.Registry, o.cfg.Slab, o.cfg.Epoch = h.reg, h.slab, h.epoch
+	if o.cfg.Sink == nil {
+		o.cfg.Sink = h.sink
+	}
 	h.m = NewManager(o.cfg)
 	h.sink.m = h.m
+	t.Cleanup(func() {
+		if !h.closed { // a test that failed leaves no goroutines to be complained about
+			h.close(0)
+		}
+	})
 	if err := h.m.Listen(addr); err != nil {
 		t.Fatal(err)
 	}
@@ -75,6 +85,7 @@ func newHost(t testing.TB, net packetio.Network, addr netip.Addr, mod ...func(*h
 // close takes the host down in order and reports what it left behind. It returns the number of abandoned messages.
 func (h *host) close(linger time.Duration) int {
 	h.t.Helper()
+	h.closed = true
 	ctx, cancel := context.WithTimeout(context.Background(), linger)
 	defer cancel()
 	n, err := h.m.Close(ctx)

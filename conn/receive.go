@@ -136,9 +136,11 @@ func (c *Conn) gotMark(l *ib.Link, mark *rdshdr.Mark) {
 	c.mu.Unlock()
 }
 
-// dropLink ends the link for something its peer did. Receive handler.
+// dropLink ends the link for something its peer did. The peer stays away for a while: it would do it again.
+// Receive handler.
 func (c *Conn) dropLink(l *ib.Link, err error) {
 	c.rx.dead = true
+	c.penalise()
 	l.Fail(err)
 }
 

@@ -91,7 +91,8 @@ type chunk struct {
 
 const (
 	hdrLen = rdshdr.HeaderLen
-	// pieceLen is the payload of a piece that has a chunk to itself.
+	// pieceLen is the payload of a piece that has a large chunk to itself: all pieces of a message but the first and the
+	// last are of this length.
 	pieceLen = ibdev.MaxSend - hdrLen
 	// noSplit is the largest message that is never spread over two chunks only to fill the first: its
 	// receiver would hold two buffers and copy twice. That leaves at most an eighth of a SEND unused.
@@ -181,7 +182,6 @@ func (q *sendQueue) place(n int) (ser uint32, ok bool) {
 		return ser, true
 	}
 	if n > noSplit && avail >= minSplit {
-		// Only a large chunk has that much left, so only the last piece of a message lies in a chunk that is not.
 		ok = q.addChunks(n - avail)
 		return ser, ok
 	}
@@ -247,7 +247,7 @@ func (q *sendQueue) growRing() bool {
 // at is where byte p of the payload of m lies: the chunk, the place in it, and how many bytes of payload
 // follow there. p may be the length of the payload only if that is 0.
 func (q *sendQueue) at(m *msg, p int) (ser uint32, off, n int) {
-	first := min(int(m.len), ibdev.MaxSend-int(m.off)-hdrLen)
+	first := min(int(m.len), q.chunk(m.ser).size-int(m.off)-hdrLen)
 	if p < first || m.len == 0 {
 		return m.ser, int(m.off) + hdrLen + p, first - p
 	}

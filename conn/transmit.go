@@ -100,7 +100,7 @@ type built struct {
 func (b *built) account(m *Manager, posted int) {
 	k := &m.count
 	k.sendSends.Add(uint64(posted))
-	if b.msgs > 0 {
+	if b.bytes > 0 {
 		k.sendMessages.Add(b.msgs)
 		k.sendBytes.Add(b.bytes)
 	}
