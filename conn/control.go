@@ -356,7 +356,7 @@ func (c *Conn) establish(ctx context.Context, l *ib.Link, h *ib.Hello, info verb
 	if h.AckSeq != 0 {
 		c.ackedLocked(h.AckSeq, &r)
 	}
-	c.beat = heartbeat{heard: true}
+	c.beat = heartbeat{heard: true, una: c.q.una}
 	c.up = true
 	c.armTickLocked()
 	c.transmitLocked()
@@ -457,6 +457,7 @@ func (c *Conn) shutdown() {
 	c.link = nil
 	if wasUp {
 		c.q.rewind()
+		c.dropBeatsLocked()
 	}
 	c.ackNow, c.flush, c.mapDue, c.markDue = false, false, false, false
 	err := c.ctl.lastErr

@@ -3,6 +3,7 @@ package conn
 import (
 	"context"
 	"errors"
+	"slices"
 	"time"
 
 	"go.uber.org/atomic"
@@ -67,7 +68,11 @@ func (c *Conn) pingLocked(p *ping) bool {
 	if len(c.pings.waiting) >= maxPings {
 		return false
 	}
-	if _, _, ok := c.q.append(nil, PingSourcePort, 0, 0, c.ackNext, msgAckNow); !ok {
+	var o Owner
+	if p == nil {
+		o = &c.beat
+	}
+	if _, _, ok := c.q.append(o, PingSourcePort, 0, 0, c.ackNext, msgAckNow); !ok {
 		return false
 	}
 	c.sendQueued++
@@ -143,6 +148,19 @@ type heartbeat struct {
 	heard  bool   // something arrived since the last look
 	silent int    // looks in a row at which nothing had
 	una    uint64 // head of the queue at the last look
+}
+
+// Released implements Owner: heartbeats are their own, so that they can be taken back.
+func (b *heartbeat) Released(msgs, bytes int) {}
+
+// dropBeatsLocked takes the heartbeats of a connection that is gone out of the queue: they are no reason to
+// connect again.
+func (c *Conn) dropBeatsLocked() {
+	var r released
+	for from, end := c.q.una, c.q.una; from != c.q.tail; from = end {
+		end, _ = c.q.cancelRange(&c.beat, -1, from, &r)
+	}
+	c.pings.waiting = slices.DeleteFunc(c.pings.waiting, func(p *ping) bool { return p == nil })
 }
 
 // armTickLocked starts the heartbeat, or keeps it going.

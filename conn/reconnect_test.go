@@ -1,0 +1,498 @@
+package conn
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/openrds/openrds/internal/simnet"
+)
+
+// exchange starts both directions, runs faults meanwhile, and verifies that everything arrived once, in order.
+func exchange(t *testing.T, net *simnet.Net, a, b *host, seed uint64, rounds int, fault func(round int)) {
+	t.Helper()
+	rng := rand.New(rand.NewPCG(seed, 9))
+	ab1, ab2, ba := &stream{port: 4001, rng: rng}, &stream{port: 4002, rng: rng}, &stream{port: 4003, rng: rng}
+	for r := range rounds {
+		ab1.send(t, a.conn(b.addr), rng.IntN(20))
+		ab2.send(t, a.conn(b.addr), rng.IntN(20))
+		ba.send(t, b.conn(a.addr), rng.IntN(20))
+		fault(r)
+		time.Sleep(time.Duration(rng.IntN(5000)) * time.Microsecond)
+	}
+	eventually(t, "everything arrives", 10*time.Minute, func() bool {
+		return b.sink.len() >= ab1.sent+ab2.sent && a.sink.len() >= ba.sent
+	})
+	for _, s := range []*stream{ab1, ab2, ba} {
+		eventually(t, "everything is acknowledged", time.Minute, func() bool { n, _ := s.owner.get(); return n == s.sent })
+	}
+	checkStreams(t, b.sink.take(), ab1, ab2)
+	checkStreams(t, a.sink.take(), ba)
+}
+
+// TestLinkResets breaks the QP under a connection again and again, from either side.
+func TestLinkResets(t *testing.T) {
+	for _, dialect := range []Dialect{DialectOpen, DialectKernelOnly} {
+		for seed := range uint64(5) {
+			t.Run(fmt.Sprintf("%v/%d", dialect, seed), func(t *testing.T) {
+				bubble(t, seed, simnet.Config{Link: simnet.LinkConfig{Delay: 100 * time.Microsecond, Jitter: 50 * time.Microsecond, Loss: 0.01}}, func(t *testing.T, net *simnet.Net) {
+					mod := func(o *hostOptions) { o.cfg.Dialect = dialect }
+					a, b := newHost(t, net, addrA, mod), newHost(t, net, addrB, mod)
+					rng := rand.New(rand.NewPCG(seed, 5))
+					exchange(t, net, a, b, seed, 60, func(r int) {
+						switch rng.IntN(6) {
+						case 0:
+							a.conn(addrB).failLink(errors.New("test"))
+						case 1:
+							b.conn(addrA).failLink(errors.New("test"))
+						case 2:
+							a.conn(addrB).failLink(errors.New("test"))
+							b.conn(addrA).failLink(errors.New("test"))
+						}
+					})
+					sa, sb := a.m.Stats(), b.m.Stats()
+					if sa.ConnReset < 5 || sa.DrainTimeouts+sb.DrainTimeouts != 0 {
+						t.Errorf("%d resets, %d drain timeouts", sa.ConnReset, sa.DrainTimeouts)
+					}
+					t.Logf("resets %d, resent %d, dropped as old %d, stale completions %d", sa.ConnReset, sa.SendRetransmit, sb.RecvDropOldSeq, sb.RecvStale)
+					a.close(time.Second)
+					b.close(time.Second)
+				})
+			})
+		}
+	}
+}
+
+// TestDuel lets both sides begin at the same instant, many times.
+func TestDuel(t *testing.T) {
+	for _, dialects := range [][2]Dialect{{DialectOpen, DialectOpen}, {DialectKernelOnly, DialectKernelOnly}, {DialectOpen, DialectKernelOnly}, {DialectKernelOnly, DialectOpen}} {
+		t.Run(fmt.Sprint(dialects), func(t *testing.T) {
+			raced := uint64(0)
+			for seed := range uint64(20) {
+				bubble(t, seed, simnet.Config{Link: simnet.LinkConfig{Delay: 200 * time.Microsecond, Jitter: 100 * time.Microsecond}}, func(t *testing.T, net *simnet.Net) {
+					a := newHost(t, net, addrA, func(o *hostOptions) { o.cfg.Dialect = dialects[0] })
+					b := newHost(t, net, addrB, func(o *hostOptions) { o.cfg.Dialect = dialects[1] })
+					start := time.Now()
+					exchange(t, net, a, b, seed, 3, func(int) {})
+					if d := time.Since(start); d > 2*time.Second {
+						t.Errorf("seed %d: a duel took %v", seed, d)
+					}
+					raced += a.m.Stats().IBConnectRaced + b.m.Stats().IBConnectRaced
+					if open := dialects == [2]Dialect{}; open {
+						// The lower address wins at once, without a reset.
+						if s := b.m.Stats(); s.ConnReset != 0 || s.Established != 1 {
+							t.Errorf("seed %d: %d resets, %d times up", seed, s.ConnReset, s.Established)
+						}
+					}
+					a.close(time.Second)
+					b.close(time.Second)
+				})
+			}
+			if raced == 0 {
+				t.Error("no race happened")
+			}
+		})
+	}
+}
+
+// TestPartition cuts the network for longer than the dead-peer time and heals it.
+func TestPartition(t *testing.T) {
+	bubble(t, 5, simnet.Config{Link: simnet.LinkConfig{Delay: 100 * time.Microsecond}}, func(t *testing.T, net *simnet.Net) {
+		a, b := newHost(t, net, addrA), newHost(t, net, addrB)
+		exchange(t, net, a, b, 1, 30, func(r int) {
+			switch r {
+			case 10:
+				net.Partition(addrA, addrB)
+				start := time.Now()
+				eventually(t, "the peer is reported down", 30*time.Second, func() bool {
+					a.sink.mu.Lock()
+					defer a.sink.mu.Unlock()
+					return len(a.sink.down) == 1
+				})
+				if d := time.Since(start); d > 10*time.Second {
+					t.Errorf("reported after %v", d)
+				}
+				time.Sleep(20 * time.Second)
+			case 11:
+				net.Heal(addrA, addrB)
+			}
+		})
+		for _, h := range []*host{a, b} {
+			h.sink.mu.Lock()
+			if len(h.sink.down) != 1 || len(h.sink.upAgain) != 1 {
+				t.Errorf("%v: down %v, up %v", h.addr, h.sink.down, h.sink.upAgain)
+			}
+			h.sink.mu.Unlock()
+			if s := h.m.Stats(); s.PeersDown != 1 {
+				t.Errorf("%v: %d peers down", h.addr, s.PeersDown)
+			}
+		}
+		a.close(time.Second)
+		b.close(time.Second)
+	})
+}
+
+// TestIdlePeerDies: an idle connection notices that the peer has gone without a word, in time, by its heartbeat, and
+// rests until there is something to send.
+func TestIdlePeerDies(t *testing.T) {
+	bubble(t, 5, quick, func(t *testing.T, net *simnet.Net) {
+		a, b := newHost(t, net, addrA), newHost(t, net, addrB)
+		var o testOwner
+		a.conn(addrB).Send(&o, 1, 2, []byte("x"))
+		time.Sleep(time.Hour)
+		sa := a.m.Stats()
+		if sa.HeartbeatsSent < 100 || sa.HeartbeatTimeouts != 0 || sa.ConnReset != 0 {
+			t.Errorf("an hour of idling: %d heartbeats, %d timeouts, %d resets", sa.HeartbeatsSent, sa.HeartbeatTimeouts, sa.ConnReset)
+		}
+		// 65 receive buffers, the map.
+		if u := a.slab.Stats(); u.LargeInUse > 66 {
+			t.Errorf("%d large chunks are in use", u.LargeInUse)
+		}
+		net.Partition(addrA, addrB)
+		start := time.Now()
+		eventually(t, "down", 11*time.Second, func() bool { return a.m.Stats().PeersDown == 1 })
+		t.Logf("noticed after %v", time.Since(start))
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		c := a.conn(addrB)
+		c.mu.Lock()
+		if c.ctl.running || c.state.load() != Down {
+			t.Errorf("the control side of an idle connection to a dead peer: running %v, %v", c.ctl.running, c.state.load())
+		}
+		c.mu.Unlock()
+		net.Heal(addrA, addrB)
+		c.Send(&o, 1, 2, []byte("y"))
+		eventually(t, "message arrives", 5*time.Second, func() bool { return b.sink.len() == 2 })
+		a.close(time.Second)
+		b.close(time.Second)
+	})
+}
+
+// TestPeerRestart kills one side without a word, in the middle of traffic, and starts it again. The new process sees the
+// stream from the first message that the old one had not acknowledged; the survivor's connection goes on.
+func TestPeerRestart(t *testing.T) {
+	for seed := range uint64(8) {
+		bubble(t, seed, simnet.Config{Link: simnet.LinkConfig{Delay: 100 * time.Microsecond, Loss: 0.01}}, func(t *testing.T, net *simnet.Net) {
+			rng := rand.New(rand.NewPCG(seed, 3))
+			a := newHost(t, net, addrA)
+			ab := &stream{port: 4001, rng: rng}
+			nextExpected := uint64(0)
+			for gen := range 4 {
+				b := newHost(t, net, addrB)
+				ba := &stream{port: 4002, rng: rng}
+				for range 10 {
+					ab.send(t, a.conn(addrB), rng.IntN(30))
+					ba.send(t, b.conn(addrA), rng.IntN(30))
+					time.Sleep(time.Duration(rng.IntN(1000)) * time.Microsecond)
+				}
+				if gen == 3 {
+					eventually(t, "everything arrives", time.Minute, func() bool { n, _ := ab.owner.get(); return n == ab.sent })
+				}
+				// Kill: from now on nothing of b gets out.
+				net.Partition(addrA, addrB)
+				time.Sleep(time.Millisecond) // what is under way still arrives
+				got := b.sink.take()
+				acked, _ := ab.owner.get()
+				fromA := a.sink.take()
+				// What a got of this process is a prefix of what it sent, in order.
+				checkPrefix(t, fromA, ba)
+				if len(got) > 0 {
+					first := num(got[0])
+					if first != nextExpected {
+						t.Fatalf("seed %d, process %d: begins with message %d, the first not acknowledged is %d", seed, gen, first, nextExpected)
+					}
+					for i, m := range got {
+						if num(m) != first+uint64(i) {
+							t.Fatalf("seed %d, process %d: message %d after %d", seed, gen, num(m), first+uint64(i)-1)
+						}
+					}
+				} else if gen > 0 && gen < 3 {
+					t.Logf("seed %d: process %d saw nothing", seed, gen)
+				}
+				nextExpected = uint64(acked)
+				b.close(0)
+				net.Heal(addrA, addrB)
+			}
+			if s := a.m.Stats(); s.PeerRestarted == 0 {
+				t.Errorf("no restart noticed")
+			}
+			a.close(0)
+		})
+	}
+}
+
+func num(m gotMsg) uint64 {
+	n := uint64(0)
+	for _, b := range m.data[:8] {
+		n = n<<8 | uint64(b)
+	}
+	return n
+}
+
+func checkPrefix(t *testing.T, got []gotMsg, s *stream) {
+	t.Helper()
+	for i, m := range got {
+		if num(m) != uint64(i) || sum(m.data) != sum(payload(m.sport, uint64(i), len(m.data))) {
+			t.Fatalf("message %d at place %d", num(m), i)
+		}
+	}
+}
+
+// TestHardBound: a Sink that refuses resets the connection without acknowledging, and gets the messages again.
+func TestHardBound(t *testing.T) {
+	bubble(t, 5, quick, func(t *testing.T, net *simnet.Net) {
+		a, b := newHost(t, net, addrA), newHost(t, net, addrB)
+		room := 50
+		b.sink.accept = func(c *Conn, m *Incoming) bool {
+			if room == 0 {
+				return false
+			}
+			room--
+			return true
+		}
+		ab := &stream{port: 4001, rng: rand.New(rand.NewPCG(1, 1))}
+		ab.send(t, a.conn(addrB), 400)
+		for range 10 {
+			time.Sleep(time.Second)
+			b.sink.mu.Lock()
+			room += 50
+			b.sink.mu.Unlock()
+		}
+		eventually(t, "everything arrives", 10*time.Second, func() bool { n, _ := ab.owner.get(); return n == ab.sent })
+		checkStreams(t, b.sink.take(), ab)
+		s := b.m.Stats()
+		if s.RecvRefused == 0 || s.ConnReset == 0 {
+			t.Errorf("%d refused, %d resets", s.RecvRefused, s.ConnReset)
+		}
+		if s.Established > 100 {
+			t.Errorf("reconnected %d times in 10 s: no back-off", s.Established)
+		}
+		a.close(time.Second)
+		b.close(time.Second)
+	})
+}
+
+// TestNobodyThere: what is queued for a host without a process waits, and goes out when it appears.
+func TestNobodyThere(t *testing.T) {
+	bubble(t, 5, quick, func(t *testing.T, net *simnet.Net) {
+		a := newHost(t, net, addrA)
+		ab := &stream{port: 4001, rng: rand.New(rand.NewPCG(1, 1))}
+		ab.send(t, a.conn(addrB), 100)
+		time.Sleep(15 * time.Second)
+		if s := a.m.Stats(); s.PeersDown != 1 || s.ConnectAttempts > 60 {
+			t.Errorf("%d peers down, %d attempts", s.PeersDown, s.ConnectAttempts)
+		}
+		b := newHost(t, net, addrB)
+		eventually(t, "everything arrives", 5*time.Second, func() bool { return b.sink.len() == 100 })
+		checkStreams(t, b.sink.take(), ab)
+		eventually(t, "up", time.Second, func() bool { a.sink.mu.Lock(); defer a.sink.mu.Unlock(); return len(a.sink.upAgain) == 1 })
+		a.close(time.Second)
+		b.close(time.Second)
+	})
+}
+
+// TestCloseLingers: Close waits for acknowledgements, and says what it abandoned.
+func TestCloseLingers(t *testing.T) {
+	bubble(t, 5, quick, func(t *testing.T, net *simnet.Net) {
+		a, b := newHost(t, net, addrA), newHost(t, net, addrB)
+		ab := &stream{port: 4001, rng: rand.New(rand.NewPCG(1, 1))}
+		ab.send(t, a.conn(addrB), 300)
+		if n := a.close(5 * time.Second); n != 0 {
+			t.Errorf("%d abandoned", n)
+		}
+		checkStreams(t, b.sink.take(), ab)
+		if n, _ := ab.owner.get(); n != ab.sent {
+			t.Errorf("%d of %d released", n, ab.sent)
+		}
+		if err := a.conn2(addrB); !errors.Is(err, ErrClosed) {
+			t.Errorf("Get after Close: %v", err)
+		}
+		// To nobody: all are abandoned, released, and counted.
+		var o testOwner
+		c := b.conn(addrC)
+		for range 10 {
+			c.Send(&o, 1, 2, make([]byte, 100000))
+		}
+		start := time.Now()
+		if n := b.close(3 * time.Second); n != 10 {
+			t.Errorf("%d abandoned", n)
+		}
+		if d := time.Since(start); d < 3*time.Second || d > 4*time.Second {
+			t.Errorf("Close took %v", d)
+		}
+		if n, bytes := o.get(); n != 10 || bytes != 1000000 {
+			t.Errorf("released %d messages, %d bytes", n, bytes)
+		}
+		if err := c.Send(&o, 1, 2, nil); !errors.Is(err, ErrClosed) {
+			t.Errorf("Send after Close: %v", err)
+		}
+		if n, err := b.m.Close(context.Background()); n != 10 || err != nil {
+			t.Errorf("second Close: %d, %v", n, err)
+		}
+	})
+}
+
+func (h *host) conn2(remote netip.Addr) error {
+	_, err := h.m.Get(h.addr, netip.MustParseAddr("10.77.0.99"), 0)
+	return err
+}
+
+// TestIPv6: the mark does not fit into the REQ and follows as the first SEND.
+func TestIPv6(t *testing.T) {
+	a6, b6 := netip.MustParseAddr("fd00::1"), netip.MustParseAddr("fd00::2")
+	for seed := range uint64(3) {
+		bubble(t, seed, simnet.Config{Link: simnet.LinkConfig{Delay: 50 * time.Microsecond, Loss: 0.02}}, func(t *testing.T, net *simnet.Net) {
+			a, b := newHost(t, net, a6), newHost(t, net, b6)
+			exchange(t, net, a, b, seed, 20, func(r int) {
+				if r%5 == 4 {
+					a.conn(b6).failLink(errors.New("test"))
+				}
+			})
+			for _, i := range append(a.m.Snapshot(), b.m.Snapshot()...) {
+				if i.PeerIsKernel || i.PeerInc == 0 {
+					t.Errorf("%v does not know that %v is one of us", i.Local, i.Remote)
+				}
+			}
+			a.close(time.Second)
+			b.close(time.Second)
+		})
+	}
+}
+
+// TestKernelIsRemembered: the second connection to a kernel uses the small buffers.
+func TestKernelIsRemembered(t *testing.T) {
+	bubble(t, 1, quick, func(t *testing.T, net *simnet.Net) {
+		a := newHost(t, net, addrA)
+		b := newHost(t, net, addrB, func(o *hostOptions) { o.cfg.Dialect = DialectKernelOnly })
+		var o testOwner
+		c := a.conn(addrB)
+		c.Send(&o, 1, 2, []byte("x"))
+		eventually(t, "arrives", time.Second, func() bool { return b.sink.len() == 1 })
+		if !c.peer.kernel.Load() {
+			t.Error("not known as a kernel")
+		}
+		kind := func() int { c.mu.Lock(); defer c.mu.Unlock(); return c.link.Recv().Bytes() }
+		first := kind()
+		b.m.Close(context.Background())
+		b.close(0)
+		b = newHost(t, net, addrB, func(o *hostOptions) { o.cfg.Dialect = DialectKernelOnly })
+		eventually(t, "down", 20*time.Second, func() bool { return c.State() == Down })
+		c.Send(&o, 1, 2, []byte("y"))
+		eventually(t, "arrives", 5*time.Second, func() bool { return b.sink.len() == 1 })
+		if second := kind(); first != 61440 || second != 4144 {
+			t.Errorf("announced %d, then %d bytes", first, second)
+		}
+		// It comes back as one of us: small SENDs at first, but our dialect.
+		b.close(0)
+		b = newHost(t, net, addrB)
+		eventually(t, "down", 20*time.Second, func() bool { return c.State() == Down })
+		ab := &stream{port: 4001, rng: rand.New(rand.NewPCG(1, 1))}
+		ba := &stream{port: 4002, rng: ab.rng}
+		ab.send(t, c, 100)
+		ba.send(t, b.conn(addrA), 100)
+		eventually(t, "arrives", 5*time.Second, func() bool { return b.sink.len() == 100 && a.sink.len() == 100 })
+		checkStreams(t, b.sink.take(), ab)
+		checkStreams(t, a.sink.take(), ba)
+		if c.peer.kernel.Load() {
+			t.Error("still taken for a kernel")
+		}
+		a.close(time.Second)
+		b.close(time.Second)
+	})
+}
+
+// TestManyConns: one host, many peers and types of service, at once.
+func TestManyConns(t *testing.T) {
+	bubble(t, 1, quick, func(t *testing.T, net *simnet.Net) {
+		a, b, d := newHost(t, net, addrA), newHost(t, net, addrB), newHost(t, net, addrC)
+		var o testOwner
+		n := 0
+		for round := range 5 {
+			for tos := range 100 {
+				for _, to := range []*host{b, d} {
+					c, err := a.m.Get(addrA, to.addr, uint8(tos))
+					if err != nil {
+						t.Fatal(err)
+					}
+					if err := c.Send(&o, uint16(10+tos), uint16(10+round), payload(1, uint64(n), 100*(round+1))); err != nil {
+						t.Fatal(err)
+					}
+					n++
+				}
+			}
+			time.Sleep(time.Millisecond)
+		}
+		eventually(t, "all arrive", 10*time.Second, func() bool { return b.sink.len()+d.sink.len() == n })
+		eventually(t, "all are acknowledged", time.Second, func() bool { got, _ := o.get(); return got == n })
+		if s := a.m.Stats(); s.ConnsUp != 200 {
+			t.Errorf("%d connections up", s.ConnsUp)
+		}
+		a.close(time.Second)
+		b.close(time.Second)
+		d.close(time.Second)
+	})
+}
+
+// TestPing measures a round trip.
+func TestPing(t *testing.T) {
+	bubble(t, 1, simnet.Config{Link: simnet.LinkConfig{Delay: time.Millisecond}}, func(t *testing.T, net *simnet.Net) {
+		a, b := newHost(t, net, addrA), newHost(t, net, addrB)
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		if _, err := a.conn(addrB).Ping(ctx); err != nil {
+			t.Fatal(err)
+		}
+		d, err := a.conn(addrB).Ping(ctx)
+		if err != nil || d < 2*time.Millisecond || d > 3*time.Millisecond {
+			t.Errorf("round trip %v, %v", d, err)
+		}
+		ctx2, cancel2 := context.WithTimeout(context.Background(), time.Second)
+		defer cancel2()
+		if _, err := a.conn(addrC).Ping(ctx2); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("ping to nobody: %v", err)
+		}
+		a.close(0)
+		b.close(time.Second)
+	})
+}
+
+// TestCancel takes messages back, sent and unsent, and the rest still arrives in order.
+func TestCancel(t *testing.T) {
+	bubble(t, 1, quick, func(t *testing.T, net *simnet.Net) {
+		a := newHost(t, net, addrA)
+		c := a.conn(addrB)
+		keep, drop := &stream{port: 4001, rng: rand.New(rand.NewPCG(1, 1))}, &stream{port: 4002, rng: rand.New(rand.NewPCG(1, 2))}
+		for range 50 {
+			keep.send(t, c, 3)
+			drop.send(t, c, 3)
+		}
+		if n := c.Cancel(&drop.owner, 9); n != 0 {
+			t.Errorf("%d messages to port 9 cancelled", n)
+		}
+		if n := c.Cancel(&drop.owner, 4002); n != 150 {
+			t.Errorf("%d cancelled", n)
+		}
+		if n, _ := drop.owner.get(); n != 150 {
+			t.Errorf("%d released", n)
+		}
+		b := newHost(t, net, addrB)
+		eventually(t, "the others arrive", 10*time.Second, func() bool { n, _ := keep.owner.get(); return n == keep.sent })
+		checkStreams(t, b.sink.take(), keep)
+		// The last ones of a queue.
+		drop.send(t, c, 1)
+		time.Sleep(100 * time.Millisecond)
+		net.Partition(addrA, addrB)
+		keep.send(t, c, 5)
+		drop.send(t, c, 5)
+		c.Cancel(&drop.owner, -1)
+		net.Heal(addrA, addrB)
+		eventually(t, "the queue empties", 10*time.Second, func() bool { return c.Info().QueuedMsgs == 0 })
+		a.close(time.Second)
+		b.close(time.Second)
+	})
+}
