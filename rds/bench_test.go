@@ -4,10 +4,14 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"runtime"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/openrds/openrds/conn"
+	"github.com/openrds/openrds/internal/slab"
+	"github.com/openrds/openrds/verbs"
 )
 
 // nullLink takes everything and acknowledges in batches, as connections do.
@@ -163,4 +167,181 @@ func BenchmarkRecvQueueTwoSides(b *testing.B) {
 		svc.deliver(peer, ms, maxInt64)
 	}
 	wg.Wait()
+}
+
+// BenchmarkSlowPeer is the rate of seven sockets of a connection while the eighth does not read, or holds 10,000 messages.
+// The budget is 95 % of the rate without it.
+func BenchmarkSlowPeer(b *testing.B) {
+	for _, slow := range []string{"none", "stopped", "holding10000"} {
+		b.Run(slow, func(b *testing.B) {
+			sa, sb := openUDP(b, Config{}), openUDP(b, Config{})
+			const size = 64
+			var writers, readers sync.WaitGroup
+			var as, bs []*Socket
+			for i := range 8 {
+				as = append(as, bind(b, sa, ap(loA, uint16(4000+i))))
+				bs = append(bs, bind(b, sb, ap(loB, uint16(4000+i))))
+			}
+			p := make([]byte, size)
+			var held []*Message
+			if slow != "none" {
+				writers.Go(func() {
+					for n := 0; slow == "stopped" || n < 10000; n++ {
+						if _, err := as[7].WriteToAddrPort(p, bs[7].AddrPort()); err != nil {
+							return // closed at the end
+						}
+					}
+				})
+			}
+			if slow == "holding10000" {
+				for range 10000 {
+					m, err := bs[7].Receive(b.Context())
+					if err != nil {
+						b.Fatal(err)
+					}
+					held = append(held, m)
+				}
+			} else if slow == "stopped" {
+				for !bs[7].q.congested.Load() {
+					time.Sleep(time.Millisecond)
+				}
+			}
+			b.SetBytes(size)
+			b.ReportAllocs()
+			b.ResetTimer()
+			each := b.N/7 + 1
+			for i := range 7 {
+				writers.Go(func() {
+					for range each {
+						if _, err := as[i].WriteToAddrPort(p, bs[i].AddrPort()); err != nil {
+							b.Error(err)
+							return
+						}
+					}
+				})
+				readers.Go(func() {
+					q := make([]byte, size)
+					for range each {
+						if _, _, err := bs[i].ReadFromAddrPort(q); err != nil {
+							b.Error(err)
+							return
+						}
+					}
+				})
+			}
+			readers.Wait()
+			b.StopTimer()
+			b.ReportMetric(float64(7*each)/b.Elapsed().Seconds(), "msgs/s")
+			for _, m := range held {
+				m.Release()
+			}
+			as[7].Close()
+			writers.Wait()
+		})
+	}
+}
+
+// BenchmarkFanOut1000 is one socket that sends to 1,000 peers in turn, each with its connection, over nullVerbs. What
+// counts is ns/write, which includes the post: nothing waits for company where no two datagrams go the same way. The
+// rest is 1,000 receivers with cold memory, in the same process here.
+func BenchmarkFanOut1000(b *testing.B) {
+	for _, peers := range []int{1, 1000} {
+		b.Run(fmt.Sprint(peers), func(b *testing.B) {
+			null := newNullVerbs(b)
+			cfg := Config{Providers: []verbs.Provider{null}, MaxSlabBytes: 1 << 36}
+			sa, sb := openUDP(b, cfg), openUDP(b, cfg)
+			a := bind(b, sa, ap(addrA, 4000))
+			socks := make([]*Socket, peers)
+			for i := range socks {
+				socks[i] = bind(b, sb, ap(netip.AddrFrom4([4]byte{10, 1, byte(i / 250), byte(i%250 + 1)}), 4000))
+				mustWrite(b, a, nil, socks[i].AddrPort())
+				wantRead(b, socks[i], nil, a.AddrPort())
+			}
+			p, q := make([]byte, 64), make([]byte, 64)
+			b.ReportAllocs()
+			const burst = 1000
+			n, writing := 0, time.Duration(0)
+			for b.Loop() {
+				if n%burst == 0 {
+					start := time.Now()
+					for i := range burst {
+						if _, err := a.WriteToAddrPort(p, socks[i%peers].AddrPort()); err != nil {
+							b.Fatal(err)
+						}
+					}
+					writing += time.Since(start)
+					// Not by the readers' Progress, which here goes round 1,000 devices.
+					for null.work() {
+					}
+					for i := range burst {
+						if _, _, err := socks[i%peers].ReadFromAddrPort(q); err != nil {
+							b.Fatal(err)
+						}
+					}
+				}
+				n++
+			}
+			b.ReportMetric(float64(writing)/float64((n+burst-1)/burst*burst), "ns/write")
+		})
+	}
+}
+
+// BenchmarkIdleConnMemory is what one end of a connection costs that was used once: heap; slab memory of
+// its own (send queues); slab memory by which it made shared receive queues longer, which is
+// mapped and not touched until it is used; goroutines.
+func BenchmarkIdleConnMemory(b *testing.B) {
+	const side = 24 // addresses
+	prov := []verbs.Provider{newNullVerbs(b)}
+	for b.Loop() {
+		cfg := Config{Providers: prov, MaxSlabBytes: 1 << 36}
+		sa, sb := openUDP(b, cfg), openUDP(b, cfg)
+		var as, bs []*Socket
+		say := func(x, y *Socket) {
+			mustWrite(b, x, []byte("x"), y.AddrPort())
+			wantRead(b, y, []byte("x"), x.AddrPort())
+		}
+		for i := range side { // devices and sockets are not what is measured, nor their first connection
+			as = append(as, bind(b, sa, ap(netip.AddrFrom4([4]byte{10, 0, 0, byte(i + 1)}), 4000)))
+			bs = append(bs, bind(b, sb, ap(netip.AddrFrom4([4]byte{10, 0, 1, byte(i + 1)}), 4000)))
+			say(as[i], bs[i])
+		}
+		before, goroutines := measure(sa, sb), runtime.NumGoroutine()
+		for i, x := range as {
+			for j, y := range bs {
+				if i != j {
+					say(x, y)
+				}
+			}
+		}
+		time.Sleep(50 * time.Millisecond) // acknowledgements
+		after := measure(sa, sb)
+		ends := float64(2 * side * (side - 1))
+		b.ReportMetric(float64(after.heap-before.heap)/ends, "heap-B/conn")
+		b.ReportMetric(float64(after.slab-before.slab-(after.recv-before.recv))/ends, "slab-B/conn")
+		b.ReportMetric(float64(after.recv-before.recv)/ends, "recvq-B/conn")
+		b.ReportMetric(float64(runtime.NumGoroutine()-goroutines)/ends, "goroutines/conn")
+		sa.Close()
+		sb.Close()
+	}
+}
+
+// footprint is memory in bytes.
+type footprint struct{ heap, slab, recv int64 }
+
+func measure(svcs ...*Service) (f footprint) {
+	runtime.GC()
+	runtime.GC()
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	f.heap = int64(m.HeapAlloc)
+	for _, svc := range svcs {
+		st := svc.tr.(*stack)
+		n := st.slab.Stats()
+		f.slab += int64(n.SmallInUse)*slab.Small + int64(n.LargeInUse)*slab.Large
+		_, devs := st.Stats()
+		for _, d := range devs {
+			f.recv += int64(d.Small.Live*d.Small.BufBytes + d.Large.Live*d.Large.BufBytes)
+		}
+	}
+	return f
 }

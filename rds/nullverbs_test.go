@@ -19,17 +19,22 @@ import (
 type nullVerbs struct {
 	role sync.Mutex // of whoever does the work; handlers run under it
 
-	mu      sync.Mutex
-	devs    map[netip.Addr]*nullDev
-	qps     []*nullQP // by number
-	cqs     []*nullCQ
+	mu   sync.Mutex
+	devs map[netip.Addr]*nullDev
+	nQPs int
+
+	dirtyMu sync.Mutex
+	qps     []*nullQP // with something posted
+	cqs     []*nullCQ // with completions
+	qpsRun  []*nullQP // the role's, as the next
+	cqsRun  []*nullCQ
 	stop    chan struct{}
 	stopped chan struct{}
 }
 
 // newNullVerbs starts an engine that looks every millisecond for what nobody waits for.
 func newNullVerbs(t testing.TB) *nullVerbs {
-	n := &nullVerbs{devs: make(map[netip.Addr]*nullDev), qps: make([]*nullQP, 2), stop: make(chan struct{}), stopped: make(chan struct{})}
+	n := &nullVerbs{devs: make(map[netip.Addr]*nullDev), stop: make(chan struct{}), stopped: make(chan struct{})}
 	go func() {
 		defer close(n.stopped)
 		tick := time.NewTicker(time.Millisecond)
@@ -63,16 +68,17 @@ func (n *nullVerbs) work() bool {
 		return false
 	}
 	defer n.role.Unlock()
-	n.mu.Lock()
-	qps, cqs := n.qps, n.cqs
-	n.mu.Unlock()
 	did := false
-	for _, qp := range qps {
-		if qp != nil && qp.send() {
-			did = true
-		}
+	n.dirtyMu.Lock()
+	n.qpsRun, n.qps = n.qps, n.qpsRun[:0]
+	n.dirtyMu.Unlock()
+	for _, qp := range n.qpsRun {
+		did = qp.send() || did
 	}
-	for _, cq := range cqs {
+	n.dirtyMu.Lock()
+	n.cqsRun, n.cqs = n.cqs, n.cqsRun[:0]
+	n.dirtyMu.Unlock()
+	for _, cq := range n.cqsRun {
 		if cq.due() {
 			did = true
 			cq.handler(cq)
@@ -103,11 +109,7 @@ func (d *nullDev) Attr() verbs.DeviceAttr {
 }
 
 func (d *nullDev) CreateCQ(cfg verbs.CQConfig) (verbs.CQ, error) {
-	cq := &nullCQ{handler: cfg.Handler}
-	d.n.mu.Lock()
-	d.n.cqs = append(d.n.cqs[:len(d.n.cqs):len(d.n.cqs)], cq)
-	d.n.mu.Unlock()
-	return cq, nil
+	return &nullCQ{n: d.n, handler: cfg.Handler}, nil
 }
 
 // Connect asks the listener; connection management is a function call.
@@ -307,22 +309,32 @@ func (s *nullSRQ) Arm(int) error { return nil }
 func (s *nullSRQ) Close() error  { return nil }
 
 type nullCQ struct {
+	n       *nullVerbs
 	handler func(verbs.CQ)
 	mu      sync.Mutex
 	wcs     []verbs.WC
 	r       int
 	armed   bool
+	listed  bool
 }
 
 func (c *nullCQ) add(wc verbs.WC) {
 	c.mu.Lock()
 	c.wcs = append(c.wcs, wc)
+	list := !c.listed
+	c.listed = true
 	c.mu.Unlock()
+	if list {
+		c.n.dirtyMu.Lock()
+		c.n.cqs = append(c.n.cqs, c)
+		c.n.dirtyMu.Unlock()
+	}
 }
 
 func (c *nullCQ) due() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.listed = false
 	if !c.armed || c.r == len(c.wcs) {
 		return false
 	}
@@ -353,9 +365,8 @@ func (pd nullPD) CreateQP(cfg verbs.QPConfig) (verbs.QP, error) {
 	n := pd.d.n
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	qp := &nullQP{d: pd.d, cfg: cfg, num: verbs.QPN(len(n.qps)), wrs: make([]nullSend, cfg.MaxSendWR)}
-	n.qps = append(n.qps[:len(n.qps):len(n.qps)], qp)
-	return qp, nil
+	n.nQPs++
+	return &nullQP{d: pd.d, cfg: cfg, num: verbs.QPN(n.nQPs + 1), wrs: make([]nullSend, min(cfg.MaxSendWR, 16))}, nil
 }
 
 type nullQP struct {
@@ -363,12 +374,13 @@ type nullQP struct {
 	cfg verbs.QPConfig
 	num verbs.QPN
 
-	mu    sync.Mutex
-	state verbs.QPState
-	peer  *nullQP
-	wrs   []nullSend // ring
-	head  int        // next to send
-	tail  int        // next to post
+	mu     sync.Mutex
+	state  verbs.QPState
+	peer   *nullQP
+	wrs    []nullSend // ring, a power of two
+	head   int        // next to send
+	tail   int        // next to post
+	listed bool
 }
 
 type nullSend struct {
@@ -380,9 +392,17 @@ type nullSend struct {
 func (q *nullQP) PostSend(wrs []verbs.SendWR) (int, error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
+	if !q.listed {
+		q.listed = true
+		q.list()
+	}
 	for i := range wrs {
 		if q.tail-q.head == len(q.wrs) {
-			return i, verbs.ErrSQFull
+			old := q.wrs
+			q.wrs = make([]nullSend, 2*len(old))
+			for k := q.head; k != q.tail; k++ {
+				q.wrs[k%len(q.wrs)] = old[k%len(old)]
+			}
 		}
 		s := &q.wrs[q.tail%len(q.wrs)]
 		s.id, s.signal = wrs[i].ID, wrs[i].Flags&verbs.SendSignaled != 0
@@ -392,10 +412,22 @@ func (q *nullQP) PostSend(wrs []verbs.SendWR) (int, error) {
 	return len(wrs), nil
 }
 
+func (q *nullQP) list() {
+	n := q.d.n
+	n.dirtyMu.Lock()
+	n.qps = append(n.qps, q)
+	n.dirtyMu.Unlock()
+}
+
 // send carries out what is posted.
 func (q *nullQP) send() (did bool) {
 	q.mu.Lock()
-	defer q.mu.Unlock()
+	defer func() {
+		if q.listed = q.head != q.tail; q.listed {
+			q.list() // no buffer at the peer, or no peer yet: later
+		}
+		q.mu.Unlock()
+	}()
 	for ; q.head != q.tail; q.head++ {
 		s := &q.wrs[q.head%len(q.wrs)]
 		if q.state == verbs.StateErr {
@@ -458,16 +490,12 @@ func (q *nullQP) Close() error {
 	q.mu.Lock()
 	q.head, q.peer = q.tail, nil
 	q.mu.Unlock()
-	q.d.n.mu.Lock()
-	qps := append([]*nullQP(nil), q.d.n.qps...)
-	qps[q.num] = nil
-	q.d.n.qps = qps
-	q.d.n.mu.Unlock()
 	return nil
 }
 
 // nullPair is two sockets over nullVerbs.
 func nullPair(t testing.TB, cfg Config) (a, b *Socket) {
+	t.Helper()
 	cfg.Providers = []verbs.Provider{newNullVerbs(t)}
 	a, b = bind(t, openUDP(t, cfg), ap(addrA, 4000)), bind(t, openUDP(t, cfg), ap(addrB, 4000))
 	mustWrite(t, a, []byte("hello"), b.AddrPort())
