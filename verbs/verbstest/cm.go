@@ -218,7 +218,8 @@ func cmConnect(l *lab) {
 func cmParameters(l *lab) {
 	pa, pb := cmParam(nil), cmParam(nil)
 	pa.ResponderResources, pa.InitiatorDepth, pa.RetryCount, pa.RNRRetryCount, pa.AckTimeout, pa.MinRNRTimer = 3, 2, 5, 4, 16, 9
-	pb.ResponderResources, pb.InitiatorDepth, pb.RNRRetryCount, pb.MinRNRTimer = 2, 3, 6, 11
+	// More than was asked for is not granted.
+	pb.ResponderResources, pb.InitiatorDepth, pb.RNRRetryCount, pb.MinRNRTimer = 7, 8, 6, 11
 	acc := l.b.accept(7000, 1, pb)
 	a := l.a.connect(l.b, 7000, pa)
 	b := acc.next("accept")

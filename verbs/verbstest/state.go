@@ -86,6 +86,8 @@ func stateCases() (cases []testcase) {
 		testcase{"SQD/FlushedByErr", sqdErr},
 		testcase{"RESET/ForgetsEverything", resetForgets},
 		testcase{"RESET/UsableAgain", resetReuse},
+		testcase{"RESET/InTheMiddle", resetMiddle},
+		testcase{"RESET/WhileWaitingForRNR", resetRNR},
 		testcase{"RTR/AnswersButDoesNotSend", rtrAnswers},
 	)
 }
@@ -443,13 +445,66 @@ func resetReuse(l *lab) {
 			p.b.wantRecvStatus("the receive is too short", verbs.WCLocLenErr, 50)
 			p.b.wantRecvStatus("the other flushes", verbs.WCFlushErr, 51)
 		}
-		p.a.to(verbs.StateReset)
-		p.b.to(verbs.StateReset)
-		p.psnAB, p.psnBA = (p.psnAB+0x654321)&0xffffff, p.psnBA^0x5a5a5a
-		p.connect()
+		p.reconnect()
 		p.a.wantQuiet("nothing is left of before")
 		p.b.wantQuiet("nothing is left of before")
 	}
+}
+
+// reconnect takes both QPs through RESET to RTS, with other PSNs.
+func (p *pair) reconnect() {
+	p.l.Helper()
+	p.a.to(verbs.StateReset)
+	p.b.to(verbs.StateReset)
+	p.psnAB, p.psnBA = (p.psnAB+0x654321)&0xffffff, p.psnBA^0x5a5a5a
+	p.connect()
+}
+
+// resetMiddle resets QPs with messages half sent, half received and half read: nothing of that is left.
+func resetMiddle(l *lab) {
+	const n = 1 << 19
+	for _, pause := range pauses {
+		p := l.pair(func(k *link) { k.rdAtomic, k.destRDAtomic = 1, 1 })
+		a, b := l.a.region(n, allAccess), l.b.region(n, allAccess)
+		for _, op := range []verbs.SendOpcode{verbs.OpSend, verbs.OpWrite, verbs.OpRead} {
+			p.b.recv(verbs.RecvWR{ID: 1, SGs: b.sg(0, n)})
+			p.a.send(remoteWR(1, op, a.sg(0, n), b, 0))
+			time.Sleep(pause)
+			p.reconnect()
+			// What completed before the reset remains.
+			l.settle()
+			var wcs [4]verbs.WC
+			p.a.scq.Poll(wcs[:])
+			p.b.rcq.Poll(wcs[:])
+			moveRead(p, verbs.OpRead, 9000)
+			moveSend(p, verbs.OpSend, 9000)
+			moveWrite(p, verbs.OpWriteWithImm, 9000)
+			q := &pair{l: l, a: p.b, b: p.a, link: p.link}
+			moveRead(q, verbs.OpRead, 9000)
+			moveSend(q, verbs.OpSend, 9000)
+		}
+		l.must("close", p.a.qp.Close())
+		l.must("close", p.b.qp.Close())
+		l.deregister("nothing of the old messages holds memory", a)
+		l.deregister("nothing of the old messages holds memory", b)
+	}
+}
+
+// resetRNR resets a QP that sits out an RNR wait: the next incarnation does not.
+func resetRNR(l *lab) {
+	p := l.pair(func(k *link) { k.rnrTimer = 0 }) // 655 ms
+	p.a.send(sendWR(1, nil))
+	l.settle() // the RNR NAK is there
+	p.reconnect()
+	p.b.recvEmpty(20)
+	start := time.Now()
+	p.a.send(sendWR(2, nil))
+	p.b.wantRecvd("the new message arrives", 20, 0)
+	if took := time.Since(start); l.exact && took > 100*time.Millisecond {
+		l.Fatalf("at once: it took %v", took)
+	}
+	p.a.wantSent("the new message completes", 2, verbs.WCSend)
+	p.a.wantQuiet("the old one does not")
 }
 
 // rtrAnswers: a QP in RTR serves its peer's requests.
