@@ -15,6 +15,7 @@ var ErrPeerDead = errors.New("no sign of life from the peer")
 // pings are those of ours that were not answered yet, in order; the peer answers in order. Guarded by Conn.mu.
 type pings struct {
 	waiting []*ping // nil: a heartbeat
+	late    int     // heartbeats taken back on a lost connection, whose pongs may still come
 }
 
 type ping struct {
@@ -86,8 +87,12 @@ func (c *Conn) takePong() bool {
 	c.mu.Lock()
 	w := c.pings.waiting
 	if len(w) == 0 {
+		late := c.pings.late > 0
+		if late {
+			c.pings.late--
+		}
 		c.mu.Unlock()
-		return false
+		return late
 	}
 	p := w[0]
 	copy(w, w[1:])
@@ -160,7 +165,9 @@ func (c *Conn) dropBeatsLocked() {
 	for from, end := c.q.una, c.q.una; from != c.q.tail; from = end {
 		end, _ = c.q.cancelRange(&c.beat, -1, from, &r)
 	}
+	n := len(c.pings.waiting)
 	c.pings.waiting = slices.DeleteFunc(c.pings.waiting, func(p *ping) bool { return p == nil })
+	c.pings.late = min(c.pings.late+n-len(c.pings.waiting), maxPings)
 }
 
 // armTickLocked starts the heartbeat, or keeps it going.
