@@ -359,10 +359,11 @@ func (q *sendQueue) ack(upTo uint64, r *released) (n int, more bool) {
 		q.pop(m)
 		n++
 	}
-	if !more {
+	if more {
+		q.freeChunks()
+	} else {
 		q.trimHead()
 	}
-	q.freeChunks()
 	return n, more
 }
 
@@ -377,7 +378,8 @@ func (q *sendQueue) pop(m *msg) {
 	q.una++
 }
 
-// trimHead takes off messages at the head that were cancelled: nobody acknowledges what was not sent.
+// trimHead takes off messages at the head that were cancelled, since nobody acknowledges what was not sent, and gives
+// back the chunks that hold nothing any more.
 func (q *sendQueue) trimHead() {
 	for q.cancelled > 0 && q.una != q.tail {
 		m := q.msg(q.una)
@@ -393,6 +395,7 @@ func (q *sendQueue) trimHead() {
 		}
 		q.pop(m)
 	}
+	q.freeChunks()
 }
 
 // freeChunks gives back the chunks that hold no message any more, except the one being filled.
@@ -428,7 +431,6 @@ func (q *sendQueue) cancelRange(o Owner, dport int, from uint64, r *released) (u
 		}
 	}
 	q.trimHead()
-	q.freeChunks()
 	return s, n
 }
 
