@@ -31,7 +31,7 @@ type Config struct {
 	Logger    hclog.Logger     // nil: none
 
 	// Small and Large describe the shared receive queues of each device. Zero values: Small 512, 256 per
-	// QP (a kernel's send ring), at most 16384 buffers of SmallRecv; Large 64, however many QPs, at most 4096 of LargeRecv.
+	// QP (a kernel's send ring), at most 16384 buffers of SmallRecv; Large 16, however many QPs, at most 4096 of LargeRecv.
 	Small, Large RecvConfig
 }
 
@@ -75,7 +75,7 @@ type opening struct{ done chan struct{} }
 // NewRegistry returns an empty Registry.
 func NewRegistry(cfg Config) *Registry {
 	cfg.Small.setDefaults(512, 256, 16384)
-	cfg.Large.setDefaults(64, 0, 4096)
+	cfg.Large.setDefaults(16, 0, 4096)
 	if cfg.Logger == nil {
 		cfg.Logger = hclog.NewNullLogger()
 	}
