@@ -186,8 +186,9 @@ func (svc *Service) eachSocket(f func(*Socket)) {
 }
 
 // Close closes all sockets, waits until the peers have acknowledged what was written, at most Config.Linger, and
-// ends all connections. The error is an *AbandonedError if messages were left then. Once it has
-// returned, no goroutine of the Service runs. The second call returns nil.
+// ends all connections. The error is an *AbandonedError if messages were left then; it also counts the memory of
+// messages that are still lent, which they keep. Once it has returned, no goroutine of the Service runs. The second call
+// returns nil.
 func (svc *Service) Close() error {
 	svc.mu.Lock()
 	if svc.closed.Load() {

@@ -582,3 +582,153 @@ func TestStackAddressInUse(t *testing.T) {
 		closeService(t, sb)
 	})
 }
+
+// A sender that meets the bound per peer before any port is congested loses its connection, and nothing else.
+func TestStackPeerLimit(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		net := simnet.ForTest(t, 23, simnet.Config{Link: simnet.LinkConfig{Delay: 100 * time.Microsecond}})
+		sa, sb := openSim(t, net, Config{}), openSim(t, net, Config{MaxPeerBytes: minPeerBytes})
+		sc := openSim(t, net, Config{})
+		addrC := netip.MustParseAddr("10.0.0.3")
+		c, quick := bind(t, sc, ap(addrC, 4000)), bind(t, sb, ap(addrB, 6000))
+		const socks, count = 4, 200
+		var wg sync.WaitGroup
+		var bs []*Socket
+		var as []*Socket
+		for i := range socks {
+			a, b := bind(t, sa, ap(addrA, uint16(4000+i))), bind(t, sb, ap(addrB, uint16(5000+i)))
+			as, bs = append(as, a), append(bs, b)
+			wg.Go(func() {
+				if err := (stream{seed: uint64(i), max: 100 << 10}).send(a, b.AddrPort(), 0, count); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		time.Sleep(5 * time.Second)
+		if st := sb.Stats(); st.RecvPeerLimit == 0 || st.Conn.RecvRefused == 0 || st.QueuedBytes > minPeerBytes {
+			t.Errorf("limit met %d times, %d refused, %d bytes queued", st.RecvPeerLimit, st.Conn.RecvRefused, st.QueuedBytes)
+		}
+		// Another peer does not pay.
+		mustWrite(t, c, []byte("hello"), quick.AddrPort())
+		wantRead(t, quick, []byte("hello"), c.AddrPort())
+		for i, b := range bs {
+			ch := newChecker(b)
+			ch.streams[as[i].AddrPort()] = stream{seed: uint64(i), max: 100 << 10}
+			wg.Go(func() {
+				b.SetReadDeadline(time.Now().Add(time.Hour))
+				for range count {
+					if err := ch.read(); err != nil {
+						t.Errorf("socket %d, after %d: %v", i, ch.total(), err)
+						return
+					}
+				}
+			})
+		}
+		wg.Wait()
+		for _, svc := range []*Service{sa, sb, sc} {
+			closeService(t, svc)
+		}
+	})
+}
+
+func TestStackIPv6AndTypesOfService(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		net := simnet.ForTest(t, 29, simnet.Config{Link: simnet.LinkConfig{Delay: 100 * time.Microsecond}})
+		sa, sb := openSim(t, net, Config{}), openSim(t, net, Config{})
+		a := bind(t, sa, ap(netip.MustParseAddr("fd00::1"), 4000))
+		b := bind(t, sb, ap(netip.MustParseAddr("fd00::2"), 4000))
+		exchange(t, []*Socket{a}, []*Socket{b}, 50, 20<<10)
+		for tos := range uint8(3) {
+			if err := a.Send(t.Context(), Message{Peer: b.AddrPort(), Data: []byte{tos}, TypeOfService: tos}); err != nil {
+				t.Fatal(err)
+			}
+			wantRead(t, b, []byte{tos}, a.AddrPort())
+		}
+		a.SetTypeOfService(2)
+		mustWrite(t, a, []byte("2"), b.AddrPort())
+		wantRead(t, b, []byte("2"), a.AddrPort())
+		if n := sa.Stats().Conn.Conns; n != 3 {
+			t.Errorf("%d connections, want one for each of 3 types of service", n)
+		}
+		closeService(t, sa)
+		closeService(t, sb)
+	})
+}
+
+func TestStackCancel(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		net := simnet.ForTest(t, 31, simnet.Config{})
+		sa := openSim(t, net, Config{})
+		a := bind(t, sa, ap(addrA, 4000))
+		for i := range 10 {
+			mustWrite(t, a, []byte{byte(i)}, ap(addrB, 4000+uint16(i%2)))
+		}
+		if n, err := a.Cancel(ap(addrB, 4001)); n != 5 || err != nil {
+			t.Errorf("cancelled %d: %v; want 5", n, err)
+		}
+		if msgs, bytes := a.Unacknowledged(); msgs != 5 || bytes != 5 {
+			t.Errorf("%d messages of %d bytes left", msgs, bytes)
+		}
+		sb := openSim(t, net, Config{})
+		b, other := bind(t, sb, ap(addrB, 4000)), bind(t, sb, ap(addrB, 4001))
+		for i := 0; i < 10; i += 2 {
+			wantRead(t, b, []byte{byte(i)}, a.AddrPort())
+		}
+		mustWrite(t, a, []byte("after"), other.AddrPort())
+		wantRead(t, other, []byte("after"), a.AddrPort())
+		closeService(t, sa)
+		closeService(t, sb)
+	})
+}
+
+// Lent messages outlive their socket and their Service, which says that it could not take everything back.
+func TestStackLoansOutliveService(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		net := simnet.ForTest(t, 37, simnet.Config{})
+		sa, sb := openSim(t, net, Config{}), openSim(t, net, Config{})
+		a, b := bind(t, sa, ap(addrA, 4000)), bind(t, sb, ap(addrB, 4000))
+		var ms []*Message
+		for _, n := range []int{10, 10000, 300000} {
+			mustWrite(t, a, payload(n, 1), b.AddrPort())
+			m, err := b.Receive(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			ms = append(ms, m)
+		}
+		closeService(t, sa)
+		if err := sb.Close(); err == nil {
+			t.Error("a service closed without a word about the messages it had lent")
+		}
+		for i, n := range []int{10, 10000, 300000} {
+			if !bytes.Equal(ms[i].Bytes(), payload(n, 1)) {
+				t.Errorf("message %d changed", i)
+			}
+			ms[i].Release()
+		}
+	})
+}
+
+// The eldest of the rules: what is sent to nobody is acknowledged, and counted.
+func TestStackNoSocket(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		net := simnet.ForTest(t, 41, simnet.Config{})
+		sa, sb := openSim(t, net, Config{}), openSim(t, net, Config{})
+		a, b := bind(t, sa, ap(addrA, 4000)), bind(t, sb, ap(addrB, 4000))
+		time.Sleep(2 * DefaultHoldTime)
+		for range 5 {
+			mustWrite(t, a, []byte("x"), ap(addrB, 4001))
+		}
+		mustWrite(t, a, []byte("y"), b.AddrPort())
+		wantRead(t, b, []byte("y"), a.AddrPort())
+		time.Sleep(time.Second)
+		if msgs, _ := a.Unacknowledged(); msgs != 0 {
+			t.Errorf("%d messages unacknowledged", msgs)
+		}
+		if n := sb.Stats().RecvDropNoSock; n != 5 {
+			t.Errorf("%d dropped, want 5", n)
+		}
+		closeService(t, sa)
+		closeService(t, sb)
+	})
+}
