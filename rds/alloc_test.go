@@ -3,17 +3,27 @@ package rds
 import (
 	"context"
 	"testing"
+
+	"github.com/openrds/openrds/internal/invariants"
 )
 
 const allocDatagrams = 100_000
+
+func skipIfInstrumented(t *testing.T) {
+	t.Helper()
+	if raceEnabled {
+		t.Skip("the race detector makes sync.Pool forget things")
+	}
+	if invariants.Enabled {
+		t.Skip("invariants keep stacks, on the heap")
+	}
+}
 
 // wantNoAllocs calls f, which moves per datagrams, until allocDatagrams have been moved. A few allocations are
 // nobody's: the collector empties pools, and an engine going to sleep may allocate.
 func wantNoAllocs(t *testing.T, what string, per int, few float64, f func()) {
 	t.Helper()
-	if raceEnabled {
-		t.Skip("the race detector makes sync.Pool forget things")
-	}
+	skipIfInstrumented(t)
 	if n := testing.AllocsPerRun(1, func() {
 		for range allocDatagrams / per {
 			f()

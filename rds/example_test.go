@@ -76,7 +76,8 @@ func ExampleSocket_SetWriteDeadline() {
 }
 
 func open() *rds.Service {
-	svc, err := rds.Open(rds.Config{UDPPort: 24791}) // RoCEv2's own, 4791, if it is left out
+	// Left out, the port is RoCEv2's own, 4791. Both ends must have the same.
+	svc, err := rds.Open(rds.Config{UDPPort: uint16(20000 + os.Getpid()%10000)})
 	check(err)
 	return svc
 }
