@@ -3,6 +3,7 @@ package conn
 import (
 	"fmt"
 	"net/netip"
+	"os"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -69,6 +70,9 @@ func BenchmarkLoopback(b *testing.B) {
 				b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "msgs/s")
 				st := x.m.Stats()
 				b.ReportMetric(float64(st.SendBytes)/float64(st.SendSends), "bytes/SEND")
+				if os.Getenv("CONN_STATS") != "" {
+					b.Logf("%+v\n%+v\n%+v\n%+v", st, x.reg.Devices()[0].Stats(), y.m.Stats(), y.reg.Devices()[0].Stats())
+				}
 				x.close(time.Second)
 				y.close(time.Second)
 			})

@@ -108,8 +108,10 @@ const (
 	// minRing is the capacity of an idle queue.
 	minRing = 16
 
-	kernelAckMsgs  = 8        // max_unacked_packets
-	kernelAckBytes = 16 << 20 // max_unacked_bytes
+	// Towards a kernel: max_unacked_packets, and far less than max_unacked_bytes (16 MiB), which is more than a
+	// socket may have queued.
+	kernelAckMsgs  = 8
+	kernelAckBytes = 256 << 10
 	maxPieces      = MaxMessage/pieceLen + 3
 )
 
@@ -144,10 +146,14 @@ func (q *sendQueue) append(o Owner, sport, dport uint16, n int, ack uint64, flag
 		q.copying++
 		q.filler++
 	}
+	var hflags uint8
+	if flags&msgAckNow != 0 {
+		hflags = rdshdr.FlagAckRequired
+	}
 	*q.msg(seq) = msg{owner: o, len: uint32(n), ser: ser, off: uint16(c.used), sport: sport, dport: dport, flags: flags}
 	for left := n; ; {
 		k := min(left, c.size-c.used-hdrLen)
-		rdshdr.Put(c.mem[c.used:], seq, ack, uint32(n), sport, dport, 0, 0)
+		rdshdr.Put(c.mem[c.used:], seq, ack, uint32(n), sport, dport, hflags, 0)
 		if left == n {
 			first = c.mem[c.used+hdrLen : c.used+hdrLen+k]
 		}
