@@ -171,7 +171,7 @@ func (d *device) Progress() bool {
 }
 
 func (d *device) Park() {
-	if p, ok := d.Device.(interface{ Park() }); ok {
+	if p, ok := d.Device.(verbs.Progresser); ok {
 		p.Park()
 	}
 }

@@ -435,9 +435,7 @@ func progressByWaiters(l *lab) {
 			if cq.Poll(wc[:]) == 1 {
 				return true
 			}
-			if p, ok := pr.(interface{ Park() }); ok { // about to sleep
-				p.Park()
-			}
+			pr.Park() // about to sleep
 			return false
 		})
 	}
