@@ -38,6 +38,7 @@ type RxTrain struct {
 	SegSize int // datagram size; == len(Data) for a single one
 	TOS     uint8
 	TTL     uint8
+	Placed  bool // see Placer
 }
 
 // Caps describe a Conn.
@@ -77,6 +78,25 @@ type Sleeper interface {
 	Sleep(deadline time.Time) error
 	// Arm ends the disregard: from now on an arrival ends the Sleep. Safe beside everything else.
 	Arm()
+}
+
+// Layout is the shape of a train: Segs datagrams, each of Hdr bytes of headers, Payload bytes, and Tail
+// bytes behind them.
+type Layout struct{ Hdr, Payload, Tail, Segs int }
+
+// Size is the length of the whole train.
+func (l Layout) Size() int { return l.Segs * (l.Hdr + l.Payload + l.Tail) }
+
+// Placer is implemented by Conns that can receive the payloads of an expected train where they belong,
+// which saves the copy from a receive buffer.
+type Placer interface {
+	// RecvPlaced is Recv of at most len(places) trains. A train i of exactly the layout l is Placed: its payloads
+	// are in places[i] (l.Segs*l.Payload bytes), one behind the other, and its Data is the rest: Hdr
+	// and Tail bytes of the first datagram, then of the second, and so on. Any other train is as Recv's. What
+	// is in places of trains that are not Placed is undefined.
+	RecvPlaced(ts []RxTrain, l Layout, places [][]byte) (int, error)
+	// Linear undoes the placing of train i: its Data as Recv would have it.
+	Linear(i int) []byte
 }
 
 // Network makes Conns.

@@ -19,9 +19,16 @@ type testPair struct {
 	qp  [2]verbs.QP
 	mem [2][]byte
 	mr  [2]verbs.MR
+	srq verbs.SRQ // side 1's, if it has one
 }
 
 func newTestPair(t testing.TB, cfg Config, a, b string, mtu verbs.MTU) *testPair {
+	t.Helper()
+	return newTestPairSRQ(t, cfg, a, b, mtu, 0)
+}
+
+// newTestPairSRQ gives side 1 a shared receive queue of srq requests, if that is not 0.
+func newTestPairSRQ(t testing.TB, cfg Config, a, b string, mtu verbs.MTU, srq int) *testPair {
 	t.Helper()
 	p := New(cfg)
 	tp := &testPair{}
@@ -39,7 +46,13 @@ func newTestPair(t testing.TB, cfg Config, a, b string, mtu verbs.MTU) *testPair
 		must(err)
 		tp.cq[i], err = d.CreateCQ(verbs.CQConfig{Depth: 1024})
 		must(err)
-		tp.qp[i], err = tp.pd[i].CreateQP(verbs.QPConfig{Type: verbs.RC, SendCQ: tp.cq[i], RecvCQ: tp.cq[i], MaxSendWR: 128, MaxRecvWR: 128, MaxSendSGE: 4, MaxRecvSGE: 4})
+		c := verbs.QPConfig{Type: verbs.RC, SendCQ: tp.cq[i], RecvCQ: tp.cq[i], MaxSendWR: 128, MaxRecvWR: 128, MaxSendSGE: 4, MaxRecvSGE: 4}
+		if i == 1 && srq > 0 {
+			tp.srq, err = tp.pd[i].CreateSRQ(verbs.SRQConfig{MaxWR: srq})
+			must(err)
+			c.SRQ = tp.srq
+		}
+		tp.qp[i], err = tp.pd[i].CreateQP(c)
 		must(err)
 		tp.mem[i] = make([]byte, 4<<20)
 		tp.mr[i], err = tp.pd[i].RegMR(tp.mem[i], 0x1000, accessAll)
@@ -60,7 +73,15 @@ func newTestPair(t testing.TB, cfg Config, a, b string, mtu verbs.MTU) *testPair
 func (tp *testPair) shut(t testing.TB) {
 	t.Helper()
 	for i := range tp.qp {
-		for _, c := range []func() error{tp.qp[i].Close, tp.mr[i].Deregister, tp.pd[i].Close, tp.cq[i].Close, tp.dev[i].Close} {
+		if err := tp.qp[i].Close(); err != nil {
+			t.Error(err)
+		}
+		if i == 1 && tp.srq != nil {
+			if err := tp.srq.Close(); err != nil {
+				t.Error(err)
+			}
+		}
+		for _, c := range []func() error{tp.mr[i].Deregister, tp.pd[i].Close, tp.cq[i].Close, tp.dev[i].Close} {
 			if err := c(); err != nil {
 				t.Error(err)
 			}

@@ -8,6 +8,7 @@ type counter int
 const (
 	cRxPackets counter = iota
 	cRxTrains
+	cRxPlaced // trains whose payloads the socket put where they belong
 	cRxBytes
 	cTxPackets
 	cTxTrains
@@ -51,7 +52,7 @@ const (
 )
 
 var counterNames = [nCounters]string{
-	"rx_packets", "rx_trains", "rx_bytes", "tx_packets", "tx_trains", "tx_bytes",
+	"rx_packets", "rx_trains", "rx_placed", "rx_bytes", "tx_packets", "tx_trains", "tx_bytes",
 	"rx_malformed", "rx_no_qp", "rx_bad_state", "rx_bad_source", "rx_bad_pkey", "rx_bad_qkey", "rx_bad_icrc", "rx_bad_df",
 	"rx_icrc_solved", "rx_no_recv", "rx_unknown_opcode", "rx_cnp", "rx_socket_drops", "tx_errors", "tx_blocked",
 	"duplicate_requests", "seq_nak_sent", "seq_nak_received", "rnr_nak_sent", "rnr_nak_received", "retransmits", "timeouts", "probes",

@@ -148,6 +148,8 @@ type device struct {
 	part    *epoch.Participant
 	now     time.Time // read once per step
 	rx      [rxBatch]packetio.RxTrain
+	train   *packetio.RxTrain // being taken apart
+	place   placement
 	tx      txBatch
 	timers  timerHeap
 	txq     []*qp
@@ -189,6 +191,7 @@ func newDevice(p *Provider, addr netip.Addr, conn packetio.Conn) *device {
 	d.part = e.Register("softroce " + addr.String())
 	d.tx.init(d)
 	d.sleeper, _ = conn.(packetio.Sleeper)
+	d.place.conn, _ = conn.(packetio.Placer)
 	d.cm = newConnManager(d, mrand.New(mrand.NewPCG(d.random64(), d.random64())))
 	return d
 }

@@ -162,13 +162,7 @@ func (d *device) step(kind stepKind) (more bool) {
 		}
 	}
 	if full {
-		n, err := d.conn.Recv(d.rx[:])
-		if err == nil {
-			for i := range d.rx[:n] {
-				d.receive(&d.rx[i])
-			}
-			more = n == len(d.rx)
-		}
+		n := d.receiveBatch()
 		if n > 0 {
 			d.noteDrops()
 		}
@@ -294,6 +288,7 @@ func (d *device) answers() {
 
 // receive takes a train apart.
 func (d *device) receive(t *packetio.RxTrain) {
+	d.train = t
 	d.stats.add(cRxTrains, 1)
 	d.stats.add(cRxBytes, uint64(len(t.Data)))
 	size := t.SegSize

@@ -210,6 +210,9 @@ func (s *srq) Close() error {
 		return &verbs.BusyError{Object: "shared receive queue", Holders: []string{fmt.Sprintf("%d QPs", n)}}
 	}
 	s.state.closed = true
+	if d.place.srq == s {
+		d.place.srq = nil
+	}
 	s.discard()
 	d.mu.Lock()
 	delete(d.srqs, s)

@@ -205,6 +205,9 @@ func (d *device) recvSend(q *qp, pk *roce.Packet, p psn.PSN, f roce.OpFlags) {
 	}
 	d.deliverRecv(q, &wc, pk.BTH.SE())
 	d.executed(q, p, pk.BTH.AckReq(), true)
+	if d.place.srq == nil && int(q.got) == d.attr.PreferredMsg {
+		d.expect(q, d.train)
+	}
 }
 
 // deliverRecv completes the receive request in use with success.

@@ -51,6 +51,13 @@ type udpConn struct {
 	rbuf   []byte
 	rbatch int // messages to ask for
 
+	// Placing (see packetio.Placer): the first messages have a gather list of their own.
+	placing bool
+	layout  packetio.Layout
+	places  [maxPlaces][]byte
+	rest    [maxPlaces][]byte
+	piov    [maxPlaces][]unix.Iovec
+
 	// Send side, one caller at a time.
 	smsgs  [maxTrains]mmsghdr
 	siov   []unix.Iovec
@@ -77,6 +84,7 @@ type mmsghdr struct {
 const (
 	rxBufBytes = 65536
 	longTrain  = 16 << 10
+	maxPlaces  = 2
 	rxControl  = 128
 	txControl  = 64
 )
@@ -219,7 +227,94 @@ func (c *udpConn) Dropped() uint64 { return c.drops.Load() }
 
 // Recv implements packetio.Conn.
 func (c *udpConn) Recv(ts []packetio.RxTrain) (int, error) {
-	n := min(len(ts), c.rbatch)
+	if c.placing {
+		c.placing = false
+		for i := range c.places {
+			h := &c.rmsgs[i].hdr
+			h.Iov, h.Iovlen = &c.riov[i], 1
+			c.places[i] = nil
+		}
+	}
+	return c.recv(ts, min(len(ts), c.rbatch))
+}
+
+// RecvPlaced implements packetio.Placer: a gather list with the shape of the train.
+func (c *udpConn) RecvPlaced(ts []packetio.RxTrain, l packetio.Layout, places [][]byte) (int, error) {
+	n := min(len(ts), len(places), maxPlaces)
+	if !c.placing || l != c.layout {
+		c.placing, c.layout = true, l
+		c.places = [maxPlaces][]byte{}
+	}
+	for i := range n {
+		if len(c.places[i]) == 0 || &c.places[i][0] != &places[i][0] {
+			c.places[i] = places[i]
+			c.shape(i)
+		}
+	}
+	r, err := c.recv(ts, n)
+	for i := range r {
+		t := &ts[i]
+		if t.Placed = len(t.Data) == l.Size() && t.SegSize == l.Hdr+l.Payload+l.Tail; t.Placed {
+			t.Data = c.rest[i][:l.Segs*(l.Hdr+l.Tail)]
+		} else {
+			c.linear(i, len(t.Data))
+		}
+	}
+	return r, err
+}
+
+// shape writes the gather list of message i: headers and trailers one behind the other into rest, so that
+// a trailer and the header after it are one element; payloads into the place; what is longer than the
+// train behind it in the ordinary buffer.
+func (c *udpConn) shape(i int) {
+	l := c.layout
+	if need := l.Segs * (l.Hdr + l.Tail); len(c.rest[i]) < need {
+		c.rest[i] = make([]byte, need)
+	}
+	iov := c.piov[i][:0]
+	add := func(b []byte) { iov = append(iov, unix.Iovec{Base: &b[0], Len: uint64(len(b))}) }
+	rest, place := c.rest[i], c.places[i]
+	from := 0
+	for s := range l.Segs {
+		to := s*(l.Hdr+l.Tail) + l.Hdr
+		add(rest[from:to])
+		add(place[s*l.Payload : (s+1)*l.Payload])
+		from = to
+	}
+	add(rest[from : from+l.Tail])
+	if over := c.rbuf[i*rxBufBytes+l.Size() : (i+1)*rxBufBytes]; len(over) > 0 {
+		add(over)
+	}
+	c.piov[i] = iov
+	h := &c.rmsgs[i].hdr
+	h.Iov = &iov[0]
+	h.SetIovlen(len(iov))
+}
+
+// linear copies n bytes of message i from where the gather list put them to where Recv would have.
+func (c *udpConn) linear(i, n int) {
+	dst := c.rbuf[i*rxBufBytes:][:n]
+	for _, v := range c.piov[i] {
+		if len(dst) == 0 {
+			return
+		}
+		b := unsafe.Slice(v.Base, v.Len)
+		if &b[0] == &dst[0] {
+			return // the end of a train longer than expected lies right
+		}
+		dst = dst[copy(dst, b):]
+	}
+}
+
+// Linear implements packetio.Placer.
+func (c *udpConn) Linear(i int) []byte {
+	n := c.layout.Size()
+	c.linear(i, n)
+	return c.rbuf[i*rxBufBytes:][:n]
+}
+
+// recv receives at most n messages.
+func (c *udpConn) recv(ts []packetio.RxTrain, n int) (int, error) {
 	for i := range n {
 		h := &c.rmsgs[i].hdr
 		h.Namelen = unix.SizeofSockaddrInet6
@@ -241,7 +336,7 @@ func (c *udpConn) Recv(ts []packetio.RxTrain) (int, error) {
 		bytes += int(m.n)
 		t := &ts[i]
 		t.Data = c.rbuf[i*rxBufBytes : i*rxBufBytes+int(m.n)]
-		t.SegSize, t.TOS, t.TTL = int(m.n), 0, 64
+		t.SegSize, t.TOS, t.TTL, t.Placed = int(m.n), 0, 64, false
 		t.From = addrPort(&c.rnames[i])
 		c.control(t, c.rctl[i][:m.hdr.Controllen])
 	}
