@@ -202,9 +202,13 @@ func (svc *Service) Close() error {
 	locals := *svc.locals.Load()
 	for _, la := range locals {
 		<-la.opened
-		la.mu.Lock() // a bind that has seen us open is in the table when we get this
+		var socks []*Socket
+		la.mu.Lock() // a bind that has seen us open is in the table by now
+		la.ports.each(func(s *Socket) { socks = append(socks, s) })
 		la.mu.Unlock()
-		la.ports.each(func(s *Socket) { s.Close() })
+		for _, s := range socks {
+			s.Close()
+		}
 	}
 	// 2. What was written gets its time; then connections, devices and memory go.
 	ctx, cancel := context.WithTimeout(context.Background(), max(0, svc.cfg.Linger))

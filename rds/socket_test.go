@@ -221,7 +221,7 @@ func TestBind(t *testing.T) {
 		t.Errorf("the IPv4-mapped form is the same binding: %v", err)
 	}
 	a.Close()
-	if a, err = svc.ListenPacket(ctx, "10.0.0.1:4000"); err != nil {
+	if _, err = svc.ListenPacket(ctx, "10.0.0.1:4000"); err != nil {
 		t.Errorf("bind after Close: %v", err)
 	}
 
