@@ -61,9 +61,9 @@ type Conn interface {
 	// offered again when Wait reports room. Any other error concerns ts[n] alone, which is
 	// then to be counted and skipped.
 	Send(ts []TxTrain) (int, error)
-	// Wait returns when there is something to receive, when wantWrite and there is room to send, when
-	// Wake was called since the last Wait returned, or at deadline (zero: none). net.ErrClosed
-	// after Close.
+	// Wait returns when there is something to receive, or with wantWrite when there is room to send (then
+	// what there is to receive does not count: it is not wanted yet); when Wake was called since
+	// the last Wait returned; or at deadline (zero: none). net.ErrClosed after Close.
 	Wait(deadline time.Time, wantWrite bool) error
 	Wake()
 	// Dropped is the running count of datagrams the receive buffer could not take (SO_RXQ_OVFL).

@@ -217,7 +217,7 @@ func (c *conn) look(deadline time.Time, wantWrite bool) (time.Duration, error) {
 	switch {
 	case c.closed:
 		return 0, net.ErrClosed
-	case until == 0 || c.woken || len(c.rx) > 0:
+	case until == 0 || c.woken || len(c.rx) > 0 && !wantWrite:
 		c.woken = false
 		return 0, nil
 	}

@@ -71,7 +71,7 @@ func TestVerbsSimulated(t *testing.T) {
 // IPv6 over Ethernet frames of the usual size: path MTU 1024, no offloads.
 func TestVerbsSimulatedIPv6(t *testing.T) {
 	link := simnet.LinkConfig{Delay: 200 * time.Microsecond, RateBytesPerSec: 200 << 20}
-	simulated(t, simnet.Config{MTU: 1500, NoGSO: true, Link: link}, "fd00::1", "fd00::2", "fd00::9", false)
+	simulated(t, simnet.Config{MTU: 1500, NoGSO: true, SendBuffer: 32 << 10, Link: link}, "fd00::1", "fd00::2", "fd00::9", false)
 }
 
 // A network that loses, repeats, damages and reorders: whatever is reliable behaves the same, later.
