@@ -355,7 +355,7 @@ type acceptedOne struct {
 // accept listens and accepts everything with p; before, if set, runs first in each handler.
 func (h *cmTestHost) accept(p verbs.ConnParam, before func(verbs.ConnRequest)) *accepted {
 	h.net.t.Helper()
-	ac := &accepted{h: h, got: make(chan *acceptedOne, 1000)}
+	ac := &accepted{h: h, got: make(chan *acceptedOne, 2*cmMaxPending)}
 	ac.l = h.listen(func(r verbs.ConnRequest) {
 		if before != nil {
 			before(r)
