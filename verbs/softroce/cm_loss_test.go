@@ -598,7 +598,8 @@ func testCMSoak(t *testing.T, seed uint64) {
 				live++
 			}
 		}
-		if live != 0 && live != 2 {
+		// Two connections may have drawn the same port; each has both its ends or none.
+		if live%2 != 0 {
 			t.Errorf("%v: %d of %d endpoints live", k, live, len(eps))
 		}
 		for _, ep := range eps {
