@@ -22,6 +22,14 @@ type RecvBuf struct {
 	mem   []byte // chunk's first pool.size bytes
 }
 
+// NewRecvBuf makes a buffer of n bytes of chunk that belongs to no queue, with one reference, which takes over the caller's to
+// the chunk. For what did not come from a device.
+func NewRecvBuf(chunk *slab.Chunk, n int) *RecvBuf {
+	b := &RecvBuf{chunk: chunk, mem: chunk.Bytes()[:n:n]}
+	b.refs.Store(1)
+	return b
+}
+
 // Bytes is the buffer. The caller holds a reference.
 func (b *RecvBuf) Bytes() []byte { return b.mem }
 
@@ -35,6 +43,8 @@ func (b *RecvBuf) Get() {
 // Put gives a reference back.
 func (b *RecvBuf) Put() {
 	switch n := b.refs.Dec(); {
+	case n == 0 && b.pool == nil:
+		b.chunk.Put()
 	case n == 0:
 		b.pool.putBack(b)
 	case n < 0:
@@ -44,7 +54,9 @@ func (b *RecvBuf) Put() {
 
 // Scarce reports whether buffers of this kind are running out: more than three quarters of what the device
 // may have are in use. Whoever would keep the buffer for long copies its content instead.
-func (b *RecvBuf) Scarce() bool { return b.pool.live.Load() > int32(b.pool.cfg.Max-b.pool.cfg.Max/4) }
+func (b *RecvBuf) Scarce() bool {
+	return b.pool != nil && b.pool.live.Load() > int32(b.pool.cfg.Max-b.pool.cfg.Max/4)
+}
 
 // RecvConfig says how many buffers a shared receive queue has.
 type RecvConfig struct {

@@ -1,0 +1,9 @@
+package ib
+
+import (
+	"testing"
+
+	"github.com/openrds/openrds/internal/leak"
+)
+
+func TestMain(m *testing.M) { leak.Main(m) }
