@@ -28,11 +28,9 @@ const (
 	optCongMonitor = 6
 
 	infoCounters   = 10000
-	infoConns      = 10001
-	infoSendQueue  = 10003
-	infoRetransmit = 10004
-	infoRecvQueue  = 10005
 	infoConns6     = 10011
+	infoSendQueue6 = 10012
+	infoRetrans6   = 10013
 
 	siocSetTOS = 0x89E0
 )
@@ -286,7 +284,7 @@ type KernelConn struct {
 	NextTX, NextRX uint64
 	Local, Remote  netip.Addr
 	Transport      string
-	Flags, TOS     uint8
+	Flags          uint8
 }
 
 // Connection flags.
@@ -296,28 +294,37 @@ const (
 	connUp         = 4
 )
 
-// Conns lists the connections over IPv4.
+// Conns lists the connections.
 func (k *KernelRDS) Conns(_ struct{}, out *[]KernelConn) error {
-	items, err := k.infoItems(infoConns)
+	items, err := k.infoItems(infoConns6)
 	if err != nil {
 		return err
 	}
 	for _, it := range items {
-		name, _, _ := bytes.Cut(it[24:40], []byte{0})
+		name, _, _ := bytes.Cut(it[48:64], []byte{0})
 		*out = append(*out, KernelConn{
 			NextTX: binary.NativeEndian.Uint64(it), NextRX: binary.NativeEndian.Uint64(it[8:]),
-			Local: netip.AddrFrom4([4]byte(it[16:20])), Remote: netip.AddrFrom4([4]byte(it[20:24])),
-			Transport: string(name), Flags: it[40], TOS: it[41],
+			Local: netip.AddrFrom16([16]byte(it[16:32])).Unmap(), Remote: netip.AddrFrom16([16]byte(it[32:48])).Unmap(),
+			Transport: string(name), Flags: it[64],
 		})
 	}
 	return nil
 }
 
-// Queued counts the messages on one of the kernel's queues: infoSendQueue, infoRetransmit or infoRecvQueue.
-func (k *KernelRDS) Queued(num int, out *int) error {
-	items, err := k.infoItems(num)
-	*out = len(items)
-	return err
+// Queued counts the messages to remote that the kernel has on its send and retransmit queues.
+func (k *KernelRDS) Queued(remote netip.Addr, out *int) error {
+	for _, num := range []int{infoSendQueue6, infoRetrans6} {
+		items, err := k.infoItems(num)
+		if err != nil {
+			return err
+		}
+		for _, it := range items {
+			if netip.AddrFrom16([16]byte(it[28:44])).Unmap() == remote {
+				*out++
+			}
+		}
+	}
+	return nil
 }
 
 func sockaddr(ap netip.AddrPort) unix.Sockaddr {
@@ -402,8 +409,8 @@ func (k *kernelEnd) conns() (c []KernelConn) {
 	return c
 }
 
-func (k *kernelEnd) queued(num int) (n int) {
+func (k *kernelEnd) queued(remote netip.Addr) (n int) {
 	k.t.Helper()
-	k.must("Queued", num, &n)
+	k.must("Queued", remote, &n)
 	return n
 }

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -74,6 +75,7 @@ type Guest struct {
 	procs  map[uint32]*Process
 	nextID uint32
 	dead   error // why there is no agent any more
+	addrs  int   // handed out by AddHostAddr
 
 	logMu  sync.Mutex
 	logPos int // bytes of the kernel's log CheckLog has seen
@@ -163,12 +165,14 @@ func hostLink(mtu int) error {
 			return err
 		}
 	}
-	return nil
+	// IPv6 addresses stay when the link goes down, as IPv4 ones do.
+	return os.WriteFile("/proc/sys/net/ipv6/conf/"+HostLink+"/keep_addr_on_down", []byte("1"), 0)
 }
 
 func (g *Guest) linkCommands() [][]string {
 	return [][]string{
 		{"ip", "link", "set", "lo", "up"},
+		{"sh", "-c", "echo 1 > /proc/sys/net/ipv6/conf/" + GuestLink + "/keep_addr_on_down"},
 		{"ip", "link", "set", GuestLink, "mtu", fmt.Sprint(g.mtu), "up"},
 		{"ip", "addr", "add", GuestAddr4 + "/24", "dev", GuestLink},
 		{"ip", "addr", "add", GuestAddr6 + "/64", "dev", GuestLink, "nodad"},
@@ -489,6 +493,26 @@ func (g *Guest) loadModules(ctx context.Context, modules []string) error {
 	return nil
 }
 
+// AddHostAddr adds an address to the host's end of the link, in the network of like, and returns it. It is
+// another one at each call and goes with the guest.
+func (g *Guest) AddHostAddr(t testing.TB, like netip.Addr) netip.Addr {
+	t.Helper()
+	g.mu.Lock()
+	g.addrs++
+	n := 15 + g.addrs // behind the fixed ones
+	g.mu.Unlock()
+	b, bits := like.AsSlice(), 24
+	if like.Is6() {
+		bits = 64
+	}
+	b[len(b)-1] = byte(n)
+	addr, _ := netip.AddrFromSlice(b)
+	if err := ip("addr", "add", fmt.Sprintf("%v/%d", addr, bits), "dev", HostLink, "nodad"); err != nil || n > 250 {
+		t.Fatalf("address %v: %v", addr, err)
+	}
+	return addr
+}
+
 // AddRXE makes the guest's soft RoCE device on its link.
 func (g *Guest) AddRXE(ctx context.Context) error {
 	_, err := g.Output(ctx, "rdma", "link", "add", RXE, "type", "rxe", "netdev", GuestLink)
@@ -496,20 +520,35 @@ func (g *Guest) AddRXE(ctx context.Context) error {
 }
 
 // Impair has the guest's link treat packets in both directions as netem's arguments say ("loss", "1%") until t
-// ends. The incoming direction is bent through an ifb device.
+// ends. Both are bent through ifb devices: rxe notices a packet that netem drops on the device
+// itself, and sends it again at once.
 func (g *Guest) Impair(t testing.TB, netem ...string) {
 	t.Helper()
-	g.Run(t, "sh", "-c", "ip link show ifb0 >/dev/null 2>&1 || ip link add ifb0 type ifb; ip link set ifb0 up txqueuelen 16384")
-	g.Run(t, "tc", "qdisc", "replace", "dev", GuestLink, "handle", "ffff:", "ingress")
-	g.Run(t, "tc", "filter", "replace", "dev", GuestLink, "parent", "ffff:", "prio", "1", "handle", "1", "matchall", "action", "mirred", "egress", "redirect", "dev", "ifb0")
-	for _, dev := range []string{GuestLink, "ifb0"} {
-		g.Run(t, append([]string{"tc", "qdisc", "replace", "dev", dev, "root", "netem", "limit", "16384"}, netem...)...)
+	g.Run(t, "tc", "qdisc", "add", "dev", GuestLink, "clsact")
+	for _, dir := range []string{"ingress", "egress"} {
+		ifb := "ifb-" + dir
+		g.Run(t, "ip", "link", "add", ifb, "type", "ifb")
+		g.Run(t, "ip", "link", "set", ifb, "up", "txqueuelen", "16384")
+		g.Run(t, append([]string{"tc", "qdisc", "add", "dev", ifb, "root", "netem", "limit", "16384"}, netem...)...)
+		g.Run(t, "tc", "filter", "add", "dev", GuestLink, dir, "matchall", "action", "mirred", "egress", "redirect", "dev", ifb)
 	}
 	t.Cleanup(func() {
-		g.Run(t, "tc", "qdisc", "del", "dev", GuestLink, "root")
-		g.Run(t, "tc", "qdisc", "del", "dev", GuestLink, "ingress")
-		g.Run(t, "ip", "link", "del", "ifb0")
+		g.Run(t, "tc", "qdisc", "del", "dev", GuestLink, "clsact")
+		g.Run(t, "ip", "link", "del", "ifb-ingress")
+		g.Run(t, "ip", "link", "del", "ifb-egress")
 	})
+}
+
+// Silence has the link carry nothing for a while: the host's end is down, which the guest cannot see.
+func (g *Guest) Silence(t testing.TB, d time.Duration) {
+	t.Helper()
+	if err := ip("link", "set", HostLink, "down"); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(d)
+	if err := ip("link", "set", HostLink, "up"); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // SetMTU sets the Ethernet MTU of both ends of the link.
