@@ -46,7 +46,7 @@ func (m *Manager) request(s *site, req verbs.ConnRequest) {
 	if m.cfg.Dialect == DialectKernelOnly {
 		hello.Ours, hello.MarkFollows = false, false
 	}
-	c, err := m.Get(s.addr, remote, hello.TOS)
+	c, err := m.create(key{s.addr, remote, hello.TOS}, false)
 	if err != nil {
 		refuse("no connection", err)
 		return
@@ -54,6 +54,7 @@ func (m *Manager) request(s *site, req verbs.ConnRequest) {
 	r := &request{ConnRequest: req, hello: hello, answered: make(chan struct{})}
 	if why := c.offer(r); why != "" {
 		refuse(why, nil)
+		m.forget(c)
 		return
 	}
 	select {

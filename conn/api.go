@@ -92,6 +92,8 @@ var (
 	ErrTooManyConns = errors.New("too many connections")
 	// ErrNoDevice: no device owns the local address. It is verbs.ErrNoSuchAddress or wraps it.
 	ErrNoDevice = ibdev.ErrNoDevice
+	// ErrSelf: a connection of an address with itself. Datagrams to an address of one's own do not travel.
+	ErrSelf = errors.New("connection to itself")
 	// ErrMessageTooLong: above MaxMessage.
 	ErrMessageTooLong = errors.New("message too long")
 )

@@ -6,6 +6,8 @@ import (
 	"sync"
 	"time"
 
+	"go.uber.org/atomic"
+
 	"github.com/openrds/openrds/conn/ib"
 	"github.com/openrds/openrds/internal/slab"
 )
@@ -19,7 +21,8 @@ type Conn struct {
 	local  netip.Addr
 	remote netip.Addr
 	tos    uint8
-	state  stateVar // see State
+	state  stateVar    // see State
+	named  atomic.Bool // somebody here has it: it stays
 
 	mu sync.Mutex // see the package comment for its place in the lock order
 

@@ -114,7 +114,11 @@ func (c *Conn) control() {
 			c.accept(r)
 		case state == Up || !c.wantedLocked():
 			c.ctl.running = false
+			never := c.ctl.established == 0
 			c.mu.Unlock()
+			if never {
+				c.m.forget(c)
+			}
 			return
 		default:
 			now := time.Now()
@@ -290,9 +294,20 @@ func (c *Conn) attemptFailed(ctx context.Context, err error) {
 	defer c.mu.Unlock()
 	c.ctl.attempt = nil
 	c.ctl.lastErr = err
+	var rej *verbs.RejectError
+	if errors.As(err, &rej) && rej.Reason == consumerReject {
+		// Most often the peer has just dropped a stale connection, or is about to connect itself: its REQ comes first,
+		// since ours would end what it brings up (rds-protocol spec 3.4).
+		c.ctl.backoff = max(c.ctl.backoff, rejectPatience*c.m.cfg.BackoffMin)
+	}
 	c.backOffLocked()
 	c.state.move(Connecting, Error)
 }
+
+const (
+	consumerReject = 28
+	rejectPatience = 8
+)
 
 // backOffLocked sets the next attempt to a random time below a limit that doubles (rds-protocol spec 5.4).
 func (c *Conn) backOffLocked() {

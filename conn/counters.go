@@ -62,7 +62,6 @@ func (m *Manager) Stats() Stats {
 		RecvDropOldSeq:       k.recvOldSeq.Load(),
 		RecvAckRequired:      k.recvAckRequired.Load(),
 		RecvPing:             k.recvPing.Load(),
-		SendLockContention:   k.sendContention.Load(),
 		SendAckRequired:      k.sendAckRequired.Load(),
 		SendPong:             k.sendPong.Load(),
 		CongUpdateQueued:     k.congQueued.Load(),
@@ -114,6 +113,7 @@ func (m *Manager) Stats() Stats {
 	for _, c := range m.conns() {
 		c.mu.Lock()
 		s.SendQueued += c.sendQueued
+		s.SendLockContention += c.contention
 		s.Conns++
 		if c.state.load() == Up {
 			s.ConnsUp++

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -145,22 +146,32 @@ func (m *Manager) siteLocked(local netip.Addr) (*site, error) {
 }
 
 // Get returns the connection from local to remote for a type of service, in state down if it did not
-// exist; the first Send connects it. The same *Conn every time. Errors: ErrTooManyConns, ErrClosed.
+// exist; the first Send connects it. The same *Conn every time. Errors: ErrTooManyConns, ErrClosed, ErrSelf.
 func (m *Manager) Get(local, remote netip.Addr, tos uint8) (*Conn, error) {
 	k := key{local, remote, tos}
 	m.mu.RLock()
 	c := m.byKey[k]
+	if c != nil && !c.named.Load() {
+		c.named.Store(true) // under mu, which forget holds
+	}
 	m.mu.RUnlock()
 	if c != nil {
 		return c, nil
 	}
-	return m.create(key{local.Unmap(), remote.Unmap(), tos})
+	return m.create(key{local.Unmap(), remote.Unmap(), tos}, true)
 }
 
-func (m *Manager) create(k key) (*Conn, error) {
+// create finds or makes a connection. named says that somebody here asked for it, not only a peer.
+func (m *Manager) create(k key, named bool) (*Conn, error) {
+	if k.local == k.remote {
+		return nil, ErrSelf
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if c := m.byKey[k]; c != nil {
+		if named {
+			c.named.Store(true)
+		}
 		return c, nil
 	}
 	s, err := m.siteLocked(k.local)
@@ -175,16 +186,45 @@ func (m *Manager) create(k key) (*Conn, error) {
 		p = &Peer{m: m, local: k.local, remote: k.remote}
 		m.peers[pair{k.local, k.remote}] = p
 	}
+	p.conns++
 	c := &Conn{m: m, site: s, peer: p, local: k.local, remote: k.remote, tos: k.tos}
 	c.q.init(m.cfg.Slab, m.cfg.MaxQueuedPerConn, m.cfg.FirstSequence())
 	c.asked = c.q.una
 	c.ctl.wake = make(chan struct{}, 1)
 	c.rx.pongs.tokens = pongBurst
+	c.named.Store(named)
 	m.byKey[k] = c
 	s.mu.Lock()
 	s.conns = append(s.conns, c)
 	s.mu.Unlock()
 	return c, nil
+}
+
+// forget takes back a connection that a peer asked for and never completed, and that nobody here has heard of: a REQ
+// costs its sender nothing, so it must not cost us anything that stays.
+func (m *Manager) forget(c *Conn) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	k := key{c.local, c.remote, c.tos}
+	if m.byKey[k] != c || c.named.Load() {
+		return
+	}
+	c.mu.Lock()
+	unused := c.ctl.established == 0 && !c.ctl.running && c.ctl.req == nil && c.state.load() == Down && c.q.una == c.q.tail
+	if unused {
+		c.closed, c.ctl.closing = true, true
+	}
+	c.mu.Unlock()
+	if !unused {
+		return
+	}
+	delete(m.byKey, k)
+	if c.peer.conns--; c.peer.conns == 0 {
+		delete(m.peers, pair{c.local, c.remote})
+	}
+	c.site.mu.Lock()
+	c.site.conns = slices.DeleteFunc(slices.Clone(c.site.conns), func(x *Conn) bool { return x == c }) // a pusher may be reading the old one
+	c.site.mu.Unlock()
 }
 
 // conns are the connections of this moment.

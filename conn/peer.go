@@ -14,6 +14,7 @@ import (
 type Peer struct {
 	m             *Manager
 	local, remote netip.Addr
+	conns         int // guarded by Manager.mu
 
 	cong   atomic.Pointer[rdshdr.CongMap] // the peer's map, immutable; nil: nothing is congested
 	inc    atomic.Uint64                  // incarnation seen last, 0: none, or a kernel

@@ -84,7 +84,7 @@ func (s *site) push() {
 			return
 		}
 		s.dirty = false
-		conns := s.conns // only appended to
+		conns := s.conns // appended to, or replaced
 		s.mu.Unlock()
 		for _, c := range conns {
 			c.pushMap()
