@@ -3,9 +3,15 @@
 package lab
 
 import (
+	"flag"
+	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 )
+
+// go test -tags lab ./test/lab -run TestRDSLoss -args -pcap /tmp
+var pcapDir = flag.String("pcap", "", "directory for a capture of each test")
 
 func TestMain(m *testing.M) { Main(m, map[string]Program{"afrds": afrdsMain, "echo": echoMain}) }
 
@@ -38,6 +44,18 @@ func guest(t testing.TB, mtu int) *Guest {
 	}
 	g := shared.g
 	g.SetMTU(t, mtu)
+	if *pcapDir != "" {
+		path := filepath.Join(*pcapDir, strings.ReplaceAll(t.Name(), "/", "_")+".pcap")
+		c, err := StartCapture(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := c.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
 	t.Cleanup(func() {
 		shared.Lock()
 		defer shared.Unlock()

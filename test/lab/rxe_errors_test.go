@@ -100,6 +100,31 @@ func TestRXEReject(t *testing.T) {
 	})
 }
 
+// TestRXEMTUMismatch has the guest offer a path MTU that our link does not carry: only the active side can choose,
+// so we refuse, with the reason and the MTU that would do (rocev2 spec 1.7, O7).
+func TestRXEMTUMismatch(t *testing.T) {
+	g := guest(t, 4500)
+	t.Cleanup(func() {
+		if err := ip("link", "set", HostLink, "mtu", "4500"); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := ip("link", "set", HostLink, "mtu", "1500"); err != nil {
+		t.Fatal(err)
+	}
+	h, e := newHost(t, ipv4.host), newGuestEnd(t, g)
+	l, err := h.dev.Listen(port, func(verbs.ConnRequest) { t.Error("a request of path MTU 4096 is shown on a link of 1500") })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	e.setup(e.do("resolve %s %s %d", ipv4.guest, ipv4.host, port))
+	_, err = e.try("connect -")
+	if err == nil || !strings.Contains(err.Error(), "RDMA_CM_EVENT_REJECTED status 26") {
+		t.Errorf("the guest's connect ends with %v, want a rejection with reason 26", err)
+	}
+}
+
 // TestRXEErrors has each side do what the other must refuse; each case ends its connection.
 func TestRXEErrors(t *testing.T) {
 	for _, tc := range []struct {
