@@ -34,26 +34,32 @@ func (c *Conn) emptyLocked() {
 	}
 }
 
-// armAckLocked makes sure that what has been received is acknowledged within the delay, asked for or not.
+// armAckLocked makes sure that what has been received is acknowledged within the delay, asked for or not. The timer
+// goes off at half of it, and sends only if nothing else has carried an acknowledgement since it was set: in a dialogue
+// it never does, because the answers carry them.
 func (c *Conn) armAckLocked() {
-	c.ackArmed = true
-	if c.ackTimer == nil {
-		c.ackTimer = time.AfterFunc(c.m.cfg.AckDelay, c.ackTimeout)
+	c.ackArmed, c.ackAtArm = true, c.ackSent
+	if d := c.m.cfg.AckDelay / 2; c.ackTimer == nil {
+		c.ackTimer = time.AfterFunc(d, c.ackTimeout)
 	} else {
-		c.ackTimer.Reset(c.m.cfg.AckDelay)
+		c.ackTimer.Reset(d)
 	}
 }
 
 func (c *Conn) ackTimeout() {
 	c.mu.Lock()
 	c.ackArmed = false
-	if !c.up || c.ackNext == c.ackSent {
+	switch {
+	case !c.up || c.ackNext == c.ackSent:
 		c.mu.Unlock()
-		return
+	case c.ackSent != c.ackAtArm:
+		c.armAckLocked()
+		c.mu.Unlock()
+	default:
+		c.ackNow = true
+		c.m.count.ackDelayed.Inc()
+		c.transmitLocked()
 	}
-	c.ackNow = true
-	c.m.count.ackDelayed.Inc()
-	c.transmitLocked()
 }
 
 // askDelay is how long messages to a kernel may stay without an acknowledgement after the last one was sent

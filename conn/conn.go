@@ -35,10 +35,11 @@ type Conn struct {
 	closed   bool     // Manager.Close is through with it: nothing is accepted
 	txBusy   bool     // there is a transmitter
 	txIdle   chan struct{}
-	flush    bool // post what there is, full or not, until the queue is empty
-	ackNow   bool // an acknowledgement is due
-	ackArmed bool // the delayed acknowledgement's timer runs
-	ackNext  uint64
+	flush    bool   // post what there is, full or not, until the queue is empty
+	ackNow   bool   // an acknowledgement is due
+	ackArmed bool   // the delayed acknowledgement's timer runs
+	ackAtArm uint64 // ackSent when it was set
+	ackNext  uint64 // last sequence received
 	ackSent  uint64 // the last one posted
 	asked    uint64 // open: sequence after the last message that asked for an acknowledgement
 	mapDue   bool   // our congestion map is to be sent

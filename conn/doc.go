@@ -33,16 +33,17 @@
 // # Acknowledgements
 //
 // Every SEND carries the sequence of the last message received. A frame of its own goes out at the end of a batch with an
-// ACK_REQUIRED message, unless data does, and 10 ms after anything else. Between two of ours the last
+// ACK_REQUIRED message, unless data does, and within 10 ms of anything else. Between two of ours the last
 // message of a SEND asks, unless it was alone and nothing else was in flight; towards a kernel every
 // ninth does, as its budget wants, and a ping if messages stay unacknowledged.
 //
 // # Lock order
 //
-// Conn.mu, then site.mu, then what the slab has. Manager.mu is not held while either is taken.
+// Manager.mu, then Conn.mu, then site.mu, then what the slab has. Peer.mu is held alone.
 //
 // # Limitations
 //
-// Connections are never freed, only their memory is trimmed. RDMA does not exist yet. Incarnations of a kernel cannot
+// Connections that were asked for here, or were ever up, are never freed, only their memory is trimmed. RDMA does not
+// exist yet. Incarnations of a kernel cannot
 // be told apart: what the specification says about its restart applies.
 package conn

@@ -3,7 +3,6 @@ package conn
 import (
 	"bytes"
 	"encoding/binary"
-	"fmt"
 	"math/rand/v2"
 	"testing"
 	"time"
@@ -68,13 +67,13 @@ func TestFaults(t *testing.T) {
 	}
 	delay := 50 * time.Microsecond
 	for _, f := range []faults{
-		{"clean", simnet.LinkConfig{Delay: delay}, 2000},
-		{"loss 1 %", simnet.LinkConfig{Delay: delay, Loss: 0.01}, 1000},
-		{"loss 5 %", simnet.LinkConfig{Delay: delay, Loss: 0.05}, 400},
+		{"clean", simnet.LinkConfig{Delay: delay}, 600},
+		{"loss 1 %", simnet.LinkConfig{Delay: delay, Loss: 0.01}, 400},
+		{"loss 5 %", simnet.LinkConfig{Delay: delay, Loss: 0.05}, 200},
 		{"loss 20 %", simnet.LinkConfig{Delay: delay, Loss: 0.2}, 100},
-		{"reorder", simnet.LinkConfig{Delay: delay, Reorder: 0.1, ReorderBy: 300 * time.Microsecond}, 500},
-		{"duplicates", simnet.LinkConfig{Delay: delay, Dup: 0.2}, 1000},
-		{"corruption", simnet.LinkConfig{Delay: delay, Corrupt: 0.02}, 500},
+		{"reorder", simnet.LinkConfig{Delay: delay, Reorder: 0.1, ReorderBy: 300 * time.Microsecond}, 300},
+		{"duplicates", simnet.LinkConfig{Delay: delay, Dup: 0.2}, 300},
+		{"corruption", simnet.LinkConfig{Delay: delay, Corrupt: 0.02}, 300},
 		{"everything", simnet.LinkConfig{Delay: delay, Jitter: 50 * time.Microsecond, Loss: 0.02, Dup: 0.02, Corrupt: 0.02, Reorder: 0.02}, 300},
 	} {
 		for _, dialect := range []string{"open", "kernel"} {
@@ -115,5 +114,3 @@ func TestFaults(t *testing.T) {
 		}
 	}
 }
-
-var _ = fmt.Sprint

@@ -3,7 +3,6 @@ package conn
 import (
 	"bytes"
 	"context"
-	"encoding/binary"
 	"encoding/hex"
 	"net/netip"
 	"sync"
@@ -389,8 +388,6 @@ func (tap *cmTap) count(from netip.Addr, attr cm.Attr) int {
 	}
 	return n
 }
-
-var _ = binary.BigEndian
 
 var errState = verbs.QPAttr{State: verbs.StateErr}
 

@@ -343,6 +343,9 @@ func (m *Manager) Close(ctx context.Context) (abandoned int, err error) {
 	wg.Wait()
 	m.count.sendAbandoned.Add(uint64(m.abandon))
 	// 5. Pushers of congestion maps find nothing to push to.
+	for _, s := range sites {
+		s.stop()
+	}
 	m.wg.Wait()
 	// 6. What the addresses hold: devices, maps.
 	for _, s := range sites {

@@ -29,6 +29,7 @@ type site struct {
 	conns   []*Conn
 	dirty   bool // changed since the pusher looked
 	pushing bool // there is a pusher
+	stopped bool // the Manager is closing: there is nobody left to tell
 }
 
 // snapshot returns the map in memory that can be posted, with a reference for the caller. All connections share it until
@@ -66,11 +67,18 @@ func (s *site) set(port uint16, on bool) {
 		s.chunk = nil
 	}
 	s.dirty = true
-	if !s.pushing {
+	if !s.pushing && !s.stopped {
 		s.pushing = true
 		s.m.wg.Add(1)
 		go s.push()
 	}
+}
+
+// stop ends the pushing of maps; who is at it goes on to the end.
+func (s *site) stop() {
+	s.mu.Lock()
+	s.stopped = true
+	s.mu.Unlock()
 }
 
 // push marks the map as due on every connection.

@@ -214,7 +214,7 @@ func TestAcknowledgements(t *testing.T) {
 		k.writeMsg(1, 0, []byte("a"), 9, 10, 0)
 		k.writeMsg(2, 0, []byte("b"), 9, 10, 0)
 		k.wantSend("not asked for", wantHdr{ack: 2, bytes: 48, se: true})
-		if d := time.Since(start); d < 10*time.Millisecond || d > 12*time.Millisecond {
+		if d := time.Since(start); d < 5*time.Millisecond || d > 10*time.Millisecond {
 			t.Errorf("delayed by %v", d)
 		}
 		start = time.Now()
