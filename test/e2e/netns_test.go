@@ -172,10 +172,10 @@ func lossRule(t *testing.T, h host, n uint32) func() (seen, dropped uint64) {
 	}
 }
 
-// TestVethLoss runs two processes in network namespaces of their own, joined by a veth pair without
+// TestRootVethLoss runs two processes in network namespaces of their own, joined by a veth pair without
 // segmentation offload, on which one packet of a hundred is dropped each way. Everything arrives once and in
 // order.
-func TestVethLoss(t *testing.T) {
+func TestRootVethLoss(t *testing.T) {
 	for _, mtu := range []int{1500, 9000} {
 		t.Run(fmt.Sprint(mtu), func(t *testing.T) {
 			hs := pair(t, mtu)

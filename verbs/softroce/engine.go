@@ -39,7 +39,7 @@ func (d *device) run() {
 		}
 		d.waitUntil.Store(unixNano(next))
 		d.role.Unlock()
-		if busy || d.nKicks.Load() > 0 {
+		if !blocked && (busy || d.nKicks.Load() > 0) {
 			continue
 		}
 		var err error
@@ -105,7 +105,11 @@ func (d *device) runTX() {
 			return
 		}
 		d.step(postStep)
+		blocked := d.tx.blocked
 		d.leaveRole()
+		if blocked {
+			return // the engine goroutine goes on when the socket does
+		}
 	}
 }
 
@@ -244,9 +248,6 @@ func (d *device) queueTX(q *qp) {
 
 // runRequesters gives each QP on the list one turn.
 func (d *device) runRequesters() {
-	if d.tx.blocked {
-		return
-	}
 	n := len(d.txq)
 	for i := 0; i < n; i++ {
 		q := d.txq[i]
@@ -280,7 +281,7 @@ func (d *device) answers() {
 		q.ackList = false
 		if d.answer(q) {
 			d.dueAnswer(q)
-			d.more = true
+			d.more = !d.tx.blocked
 		}
 	}
 	d.acks = append(d.acks[:0], d.acks[n:]...)

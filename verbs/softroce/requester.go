@@ -82,7 +82,7 @@ func (d *device) runRequester(q *qp) (more bool) {
 	if q.typ == verbs.UD {
 		return d.sendUD(q)
 	}
-	if !q.rnrUntil.IsZero() || d.tx.blocked {
+	if !q.rnrUntil.IsZero() {
 		return false
 	}
 	for sent := 0; ; {
@@ -172,6 +172,10 @@ func (d *device) sendFrom(q *qp, w *swqe, limit int) (sent int, stop bool) {
 	k := q.nxt.Sub(w.first)
 	resend := q.nxt.Less(q.max)
 	for ; k < w.npkts && sent < limit; k++ {
+		if !d.tx.ready() {
+			d.queueTX(q)
+			return sent, true
+		}
 		// One message at least is always allowed, else a window smaller than a packet would stop us.
 		inflight := q.cumNxt - q.cumUna
 		if q.nxt != q.una && (q.nxt.Sub(q.una) >= q.pktLimit || inflight >= wnd) {

@@ -480,11 +480,14 @@ func (d *device) dueAnswer(q *qp) {
 // answer sends what the QP owes its peer: responses to READs and atomics in order, then one
 // coalesced ACK. It reports whether responses are left for the next step.
 func (d *device) answer(q *qp) (more bool) {
-	if s := q.State(); s == verbs.StateErr || s == verbs.StateReset || q.closed.Load() || d.tx.blocked {
-		return len(q.rdq) > 0 && d.tx.blocked
+	if s := q.State(); s == verbs.StateErr || s == verbs.StateReset || q.closed.Load() {
+		return false
 	}
 	budget := stepPackets
 	for len(q.rdq) > 0 {
+		if !d.tx.ready() {
+			return true
+		}
 		w := &q.rdq[0]
 		if w.atomic {
 			d.sendAtomicAck(q, w)
@@ -505,6 +508,9 @@ func (d *device) answer(q *qp) (more bool) {
 		}
 		q.rdq = append(q.rdq[:0], q.rdq[1:]...)
 	}
+	if !d.tx.ready() {
+		return true
+	}
 	if q.ackDue {
 		q.ackDue = false
 		if q.hasExec {
@@ -523,7 +529,7 @@ func (d *device) answer(q *qp) (more bool) {
 // sendReadResponses sends at most limit packets of a READ's answer, straight from the region, which is
 // referenced until they have left.
 func (d *device) sendReadResponses(q *qp, w *rdWork, limit int) (sent int, ok bool) {
-	for w.next != w.end && sent < limit {
+	for w.next != w.end && sent < limit && d.tx.ready() {
 		k := w.next.Sub(w.start)
 		off := uint32(k * q.pmtu)
 		n := min(uint32(q.pmtu), w.length-off)

@@ -215,6 +215,21 @@ func (t *txBatch) clear() {
 	t.refs = t.refs[:0]
 }
 
+// ready reports whether one more packet can be written, and sends what is there first if there is no room
+// for it. False: the socket is full; who sends more than a packet at a time stops and stays on his
+// list.
+func (t *txBatch) ready() bool {
+	if !t.blocked && t.full() {
+		t.flush()
+	}
+	return !t.blocked
+}
+
+// full reports whether a packet may not fit.
+func (t *txBatch) full() bool {
+	return t.used+maxPktScratch > len(t.scratch) || len(t.vecs) > maxVecs || len(t.trains) == maxTrains-1
+}
+
 // makeRoom sends what is there. In the middle of a step a full socket cannot park it: what is left is
 // lost, as if on the wire.
 func (t *txBatch) makeRoom() {

@@ -22,7 +22,8 @@ func (d *device) sendUD(q *qp) (more bool) {
 		if sent >= stepPackets {
 			return true
 		}
-		if d.tx.blocked {
+		if !d.tx.ready() {
+			d.queueTX(q)
 			return false
 		}
 		h := q.cur

@@ -71,7 +71,8 @@ type udpConn struct {
 	evfd    int
 	timer   int
 	timerAt time.Time
-	woken   atomic.Bool // an eventfd write is outstanding
+	woken   atomic.Bool        // an eventfd write is outstanding
+	onReady func(uintptr) bool // ready, made once
 }
 
 // mmsghdr is struct mmsghdr.
@@ -176,6 +177,7 @@ func (c *udpConn) open(n udpNetwork) (err error) {
 		return err
 	}
 
+	c.onReady = c.ready
 	c.rbuf = make([]byte, rxBatch*rxBufBytes)
 	c.rbatch = rxBatch
 	for i := range c.rmsgs {
@@ -519,7 +521,7 @@ func (c *udpConn) arm(events uint32) {
 }
 
 func (c *udpConn) sleep() error {
-	if c.epRaw.Read(c.ready) != nil {
+	if c.epRaw.Read(c.onReady) != nil {
 		return net.ErrClosed
 	}
 	return nil
