@@ -62,8 +62,10 @@ var sizesRDS = []int{0, 1, 5, 47, 48, 100, 1023, 1024, 4047, 4048, 4095, 4096, 4
 func sum(n int, seed uint32) uint32 {
 	b := make([]byte, n)
 	pattern(b, seed)
-	return crc32.ChecksumIEEE(b)
+	return crc(b)
 }
+
+func crc(b []byte) uint32 { return crc32.ChecksumIEEE(b) }
 
 // sendOurs sends the datagrams that KernelRDS.Send would.
 func sendOurs(s *rds.Socket, to netip.AddrPort, seed uint32, sizes []int) error {
