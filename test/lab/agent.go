@@ -126,7 +126,7 @@ func processOne() {
 
 // serveShell keeps a shell on the console; the machine stops when it ends.
 func serveShell() {
-	cmd := exec.Command("/bin/bash", "-i")
+	cmd := exec.Command("/bin/bash", "--norc", "-i")
 	tty, err := os.OpenFile("/dev/ttyS0", os.O_RDWR, 0)
 	if err != nil {
 		fatalf("shell: %v", err)
