@@ -133,14 +133,24 @@ func (c *Conn) SendMsg(o Owner, srcPort, dstPort uint16, payload []byte, flags S
 	return nil
 }
 
-// copyIn copies a payload that is longer than copyLocked, without the lock. It is called with mu held and returns so.
+// copyIn copies a payload that is longer than copyLocked, without the lock, and has each piece sent as soon as it is
+// there: the peer is at work on a large message while the rest is copied. It is called with mu held and returns so.
 func (c *Conn) copyIn(seq uint64, payload []byte) {
 	var parts [maxPieces][]byte
 	n := c.q.pieces(seq, &parts)
+	have := 0
 	c.mu.Unlock()
-	for _, p := range parts[:n] {
-		payload = payload[copy(p, payload):]
+	for _, p := range parts[:n-1] {
+		have += copy(p, payload[have:])
+		c.mu.Lock()
+		c.q.copied(seq, have)
+		if c.up && !c.txBusy && c.mayPost() {
+			c.transmitLocked()
+		} else {
+			c.mu.Unlock()
+		}
 	}
+	copy(parts[n-1], payload[have:])
 	c.mu.Lock()
 	c.q.ready(seq)
 	if c.q.copying == 0 && c.ctl.copied != nil {

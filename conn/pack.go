@@ -52,7 +52,7 @@ func (q *sendQueue) packRun(s *ib.Send, ack uint64, ask, onlyFull bool) (ok bool
 // packSlowly is packRun message by message: some are cancelled, not copied yet, or being resent.
 func (q *sendQueue) packSlowly(s *ib.Send, ack uint64, ask, onlyFull bool) (ok bool, retrans int) {
 	q.skipCancelled()
-	if q.next == q.tail || q.msg(q.next).flags&msgReady == 0 {
+	if q.next == q.tail {
 		return false, 0
 	}
 	ser, off := q.cursor()
@@ -62,10 +62,14 @@ func (q *sendQueue) packSlowly(s *ib.Send, ack uint64, ask, onlyFull bool) (ok b
 	at, atSeq := off, next
 	for {
 		m := q.msg(next)
+		left := int(m.len) - nextOff
+		k := min(left, c.size-end-hdrLen)
+		if !m.mayCut(nextOff, k) {
+			break
+		}
 		at, atSeq = end, next
 		q.stamp(c, at, next, m, ack, false)
-		left := int(m.len) - nextOff
-		if k := min(left, c.size-end-hdrLen); k < left {
+		if k < left {
 			end += hdrLen + k
 			nextOff += k
 			full = true
@@ -80,12 +84,12 @@ func (q *sendQueue) packSlowly(s *ib.Send, ack uint64, ask, onlyFull bool) (ok b
 			full = c.full
 			break
 		}
-		if m = q.msg(next); m.flags&(msgReady|msgCancelled) != msgReady || m.ser != ser {
-			full = m.flags&msgReady != 0
+		if m = q.msg(next); m.flags&msgCancelled != 0 || m.ser != ser {
+			full = true
 			break
 		}
 	}
-	if onlyFull && !full {
+	if end == off || onlyFull && !full {
 		return false, 0
 	}
 	q.stamp(c, at, atSeq, q.msg(atSeq), ack, ask)
@@ -146,14 +150,14 @@ func (q *sendQueue) packFragment(s *ib.Send, hdr []byte, frag int, ack uint64) (
 		return false, false, false
 	}
 	m := q.msg(q.next)
-	if m.flags&msgReady == 0 {
+	n := min(frag, int(m.len)-q.nextOff)
+	if !m.mayCut(q.nextOff, n) {
 		return false, false, false
 	}
 	if q.nextOff == 0 {
 		q.cutAck = ack
 		q.cutFlags, asked = q.kernelFlags(m)
 	}
-	n := min(frag, int(m.len)-q.nextOff)
 	ser, off, k := q.at(m, q.nextOff)
 	c := q.chunk(ser)
 	k = min(k, n)

@@ -66,6 +66,7 @@ type sendQueue struct {
 type msg struct {
 	owner        Owner // nil: our own, or cancelled
 	len          uint32
+	have         uint32 // payload bytes that are there already, if it is not ready: whole pieces
 	ser          uint32 // chunk of its first piece
 	off          uint16 // of its first header in there
 	sport, dport uint16
@@ -73,7 +74,7 @@ type msg struct {
 }
 
 const (
-	msgReady     uint8 = 1 << iota // payload is there
+	msgReady     uint8 = 1 << iota // all of the payload is there
 	msgCancelled                   // not to be sent (again)
 	msgAckNow                      // AckNow was asked for
 )
@@ -277,6 +278,14 @@ func (q *sendQueue) pieces(seq uint64, parts *[maxPieces][]byte) int {
 	return n
 }
 
+// copied says that the first have bytes of a message that is not ready have been copied: a whole number of pieces. They
+// may be sent.
+func (q *sendQueue) copied(seq uint64, have int) { q.msg(seq).have = uint32(have) }
+
+// mayCut reports whether n bytes of payload from off on may be sent. The end of a message that is not ready may not:
+// it is not taken off the queue under the hands of who copies.
+func (m *msg) mayCut(off, n int) bool { return m.flags&msgReady != 0 || off+n <= int(m.have) }
+
 // ready says that the payload of a message longer than copyLocked has been copied.
 func (q *sendQueue) ready(seq uint64) {
 	q.msg(seq).flags |= msgReady
@@ -350,7 +359,12 @@ func (q *sendQueue) ack(upTo uint64, r *released) (n int, more bool) {
 			end = q.next
 		} else {
 			for ; q.next != end; q.next++ {
-				if m := q.msg(q.next); m.flags&msgCancelled != 0 || m.flags&msgReady == 0 {
+				m := q.msg(q.next)
+				if m.flags&msgReady == 0 {
+					end = q.next // cannot be: it was never sent to its end
+					break
+				}
+				if m.flags&msgCancelled != 0 {
 					q.filler--
 				}
 			}

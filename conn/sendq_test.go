@@ -217,6 +217,20 @@ func TestSendQueue(t *testing.T) {
 					}
 				}
 			},
+			"copiedInPart": func(t *rapid.T) {
+				for _, m := range tw.msgs {
+					if !m.ready && rapid.Bool().Draw(t, "this one") {
+						var parts [maxPieces][]byte
+						n := q.pieces(m.seq, &parts)
+						have, d := 0, m.data
+						for _, p := range parts[:rapid.IntRange(0, n-1).Draw(t, "pieces")] {
+							have += copy(p, d[have:])
+						}
+						q.copied(m.seq, max(have, int(q.msg(m.seq).have)))
+						return
+					}
+				}
+			},
 			"pack":     func(t *rapid.T) { pack(false) },
 			"packFull": func(t *rapid.T) { pack(frag == 0) },
 			"ack": func(t *rapid.T) {
@@ -348,7 +362,8 @@ func checkQueue(t *rapid.T, q *sendQueue) {
 		if m.flags&msgReady == 0 {
 			copying++
 		}
-		if s >= q.next && (m.flags&msgCancelled != 0 || m.flags&msgReady == 0) && !(s == q.next && q.nextOff > 0) {
+		begun := s == q.next && q.nextOff > 0
+		if s >= q.next && (m.flags&msgCancelled != 0 && !begun || m.flags&msgReady == 0) {
 			filler++
 		}
 	}

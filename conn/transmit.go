@@ -17,13 +17,16 @@ const (
 	// not packed, but leave in one batch.
 	kernelRun      = 16
 	kernelRunBytes = 4 * rdshdr.FragLen
+	// bigMessage is how much of a message has been sent when its end no longer waits for company: a SEND that is not full is
+	// nothing beside the others, and the receiver can do nothing before it.
+	bigMessage = 4 * pieceLen
 	// askEvery is after how many messages at most one asks for an acknowledgement between two of ours.
 	askEvery = 64
 )
 
 // mayPost decides whether data is posted now: see the package comment.
 func (c *Conn) mayPost() bool {
-	return c.flush || c.link.Outstanding() == 0 || c.runReady()
+	return c.flush || c.link.Outstanding() == 0 || c.q.nextOff >= bigMessage || c.runReady()
 }
 
 // runReady reports whether there is a full SEND, or what takes its place towards a kernel.
@@ -138,7 +141,7 @@ func (c *Conn) build(l *ib.Link) (b built) {
 	data := 0
 	for b.n < len(c.sends) && b.n < free-reservedSlots && c.q.next != c.q.tail && !c.markDue && !c.mapDue {
 		s := &c.sends[b.n]
-		idle := outstanding+data == 0 || c.flush
+		idle := outstanding+data == 0 || c.flush || c.q.nextOff >= bigMessage
 		if c.frag == 0 {
 			ask := outstanding+data > 0 || c.q.next-c.asked >= askEvery || c.q.runFull()
 			ok, retrans := c.q.packRun(s, c.ackNext, ask, !idle)
