@@ -10,7 +10,6 @@ type counters struct {
 	recvOldSeq        atomic.Uint64
 	recvAckRequired   atomic.Uint64
 	recvPing          atomic.Uint64
-	sendContention    atomic.Uint64
 	sendAckRequired   atomic.Uint64
 	sendPong          atomic.Uint64
 	congQueued        atomic.Uint64

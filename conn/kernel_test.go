@@ -37,7 +37,9 @@ type kernelPeer struct {
 	got   []gotSend // polled, not yet wanted
 	peer  verbs.Connected
 
-	closed bool
+	mapAck   uint64 // ack of the last map
+	noRepost bool   // receives are not posted again: RNR
+	closed   bool
 }
 
 type gotSend struct {
@@ -185,7 +187,9 @@ func (k *kernelPeer) poll() {
 			}
 			at := wc.ID * kernelBuf
 			k.got = append(k.got, gotSend{bytes.Clone(k.mem[at : at+uint64(wc.ByteLen)]), wc.Flags&verbs.WCSolicited != 0})
-			k.postRecv(wc.ID)
+			if !k.noRepost {
+				k.postRecv(wc.ID)
+			}
 		}
 	}
 }
@@ -232,6 +236,7 @@ func (k *kernelPeer) wantMap(what string) (m rdshdr.CongMap) {
 			k.t.Fatalf("%s: part %d is %s, solicited %v", what, i, describe(s.data), s.solicited)
 		}
 		copy(m[i*4096:], s.data[48:])
+		k.mapAck = h.Ack()
 	}
 	return m
 }

@@ -162,8 +162,8 @@ func (b *heartbeat) Released(msgs, bytes int) {}
 // connect again.
 func (c *Conn) dropBeatsLocked() {
 	var r released
-	for from, end := c.q.una, c.q.una; from != c.q.tail; from = end {
-		end, _ = c.q.cancelRange(&c.beat, -1, from, &r)
+	for from := c.q.una; from != c.q.tail; {
+		from, _ = c.q.cancelRange(&c.beat, -1, from, &r)
 	}
 	n := len(c.pings.waiting)
 	c.pings.waiting = slices.DeleteFunc(c.pings.waiting, func(p *ping) bool { return p == nil })

@@ -88,6 +88,9 @@ func TestDuel(t *testing.T) {
 						if s := b.m.Stats(); s.ConnReset != 0 || s.Established != 1 {
 							t.Errorf("seed %d: %d resets, %d times up", seed, s.ConnReset, s.Established)
 						}
+						if s := a.m.Stats(); s.ConnectFailed != 0 || s.ConnectAttempts > 1 {
+							t.Errorf("seed %d: the lower address tried %d times and failed %d times", seed, s.ConnectAttempts, s.ConnectFailed)
+						}
 					}
 					a.close(time.Second)
 					b.close(time.Second)

@@ -15,19 +15,15 @@ import (
 // twin is the naive send queue: a slice of messages.
 type twin struct {
 	msgs []*twinMsg // una..tail
-	next int        // index of the first one not yet sent to its end
 }
 
 type twinMsg struct {
-	seq       uint64
-	owner     *testOwner
-	data      []byte
-	ready     bool
-	cancelled bool // and not to be seen again on a connection that has not begun to send it
-	posted    bool // to its end, on any connection
-	again     bool // to its end, on an earlier connection
-	started   bool // on this connection
-	ackNow    bool
+	seq    uint64
+	owner  *testOwner
+	data   []byte
+	ready  bool
+	posted bool // to its end, on any connection
+	again  bool // to its end, on an earlier connection
 }
 
 // wire is the peer: it puts SENDs together by the rules of receive.go.

@@ -657,6 +657,10 @@ func TestDuplicatesOfKernel(t *testing.T) {
 		k.ep.Disconnect()
 		eventually(t, "down", 5*time.Second, func() bool { return i.m.Stats().ConnReset == 1 })
 		k.up(i)
+		if k.mapAck != 0 {
+			// After a restart of the kernel it would acknowledge what nobody has (rds-protocol spec 2.4).
+			t.Errorf("a new connection begins with ack %d", k.mapAck)
+		}
 		const re = rdshdr.FlagRetransmitted | rdshdr.FlagAckRequired
 		k.writeMsg(2, 0, []byte("b"), 9, 10, re)
 		k.wantSend("a duplicate is acknowledged", wantHdr{ack: 2, bytes: 48, se: true})
@@ -690,5 +694,55 @@ func TestAckAboveSent(t *testing.T) {
 		}
 		k.write(header(0, firstSeq, 0, 0, 0, 0))
 		eventually(t, "released", time.Second, func() bool { n, _ := o.get(); return n == 1 })
+	})
+}
+
+// A kernel believes the last SEND of a batch alone, so acknowledgements never go down: not even when one is asked for
+// in the middle of a message whose fragments repeat an older one.
+func TestAcksNeverGoDown(t *testing.T) {
+	scripted(t, func(t *testing.T, net *simnet.Net, i *host, k *kernelPeer) {
+		k.up(i)
+		k.noRepost = true
+		var o testOwner
+		c := i.conn(addrA)
+		for range 2 {
+			c.Send(&o, 10, 9, make([]byte, 1<<20))
+		}
+		c.Send(&o, 10, 9, nil)
+		time.Sleep(time.Millisecond)
+		c.mu.Lock()
+		mid := c.midMessage()
+		c.mu.Unlock()
+		if !mid {
+			t.Fatal("not in the middle of a message")
+		}
+		for seq := range uint64(5) {
+			k.writeMsg(seq+1, 0, []byte("x"), 9, 10, 2)
+			time.Sleep(time.Millisecond)
+		}
+		k.poll()
+		k.noRepost = false
+		for n := range uint64(kernelRecvs) {
+			k.postRecv(n)
+		}
+		var last uint64
+		for range 600 {
+			time.Sleep(time.Millisecond)
+			k.poll()
+		}
+		frags := 0
+		for _, s := range k.got {
+			h := rdshdr.Header(s.data)
+			if h.Ack() < last {
+				t.Fatalf("ack %d after %d", h.Ack(), last)
+			}
+			last = h.Ack()
+			if h.Len() > 0 {
+				frags++
+			}
+		}
+		if frags != 512 || last != 5 {
+			t.Errorf("%d fragments, acknowledged %d", frags, last)
+		}
 	})
 }

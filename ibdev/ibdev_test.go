@@ -11,6 +11,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"go.uber.org/atomic"
+
 	"github.com/openrds/openrds/internal/epoch"
 	"github.com/openrds/openrds/internal/simnet"
 	"github.com/openrds/openrds/internal/slab"
@@ -38,6 +40,7 @@ type bendDevice struct {
 	p     *bendProvider
 	async func(verbs.AsyncEvent)
 	cqs   int
+	deaf  atomic.Bool // handlers are not called
 }
 
 func (p *bendProvider) OpenDevice(a netip.Addr) (verbs.Device, error) {
@@ -64,6 +67,12 @@ func (d *bendDevice) CreateCQ(c verbs.CQConfig) (verbs.CQ, error) {
 	d.cqs++
 	if d.p.failCQs != 0 && d.cqs >= d.p.failCQs {
 		return nil, verbs.ErrNoMemory
+	}
+	h := c.Handler
+	c.Handler = func(q verbs.CQ) {
+		if !d.deaf.Load() {
+			h(q)
+		}
 	}
 	return d.Device.CreateCQ(c)
 }
@@ -532,6 +541,42 @@ func TestStaleCompletions(t *testing.T) {
 		if n := da.stats.strayCompletions.Load() + db.stats.strayCompletions.Load(); n != 0 {
 			t.Errorf("%d stray completions", n)
 		}
+		r.close()
+	})
+}
+
+// TestCloseDispatchesTheRest: completions that no handler has been called for yet are dispatched by Close.
+func TestCloseDispatchesTheRest(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		da := r.open(addrA)
+		deafA := &r.prov.last.deaf
+		db := r.open(addrB)
+		deafB := &r.prov.last.deaf
+		var ha, hb quietHandler
+		a, b := connect(t, da, db, Large, &ha, &hb)
+		deafA.Store(true)
+		deafB.Store(true)
+		chunk, _ := r.slab.Alloc(64)
+		for i := range 5 {
+			sge, _ := da.SGE(chunk, 0, 64)
+			a.PostSend([]verbs.SendWR{{ID: uint64(i), Opcode: verbs.OpSend, Flags: verbs.SendSignaled, SGs: []verbs.SGE{sge}}})
+		}
+		time.Sleep(time.Second)
+		if len(hb.bufs) != 0 || len(ha.sends) != 0 {
+			t.Fatal("handlers are called")
+		}
+		a.Close()
+		b.Close()
+		if len(hb.bufs) != 5 || len(ha.sends) != 5 {
+			t.Errorf("%d receives, %d sends dispatched, 5 and 5 were there", len(hb.bufs), len(ha.sends))
+		}
+		for _, buf := range hb.take() {
+			buf.Put()
+		}
+		chunk.Put()
+		da.Put()
+		db.Put()
 		r.close()
 	})
 }

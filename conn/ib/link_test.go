@@ -10,6 +10,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"go.uber.org/atomic"
+
 	"github.com/openrds/openrds/ibdev"
 	"github.com/openrds/openrds/internal/epoch"
 	"github.com/openrds/openrds/internal/simnet"
@@ -56,12 +58,6 @@ func (u *upper) LinkBroken(l *Link, err error) {
 	u.mu.Unlock()
 }
 
-func (u *upper) count() int {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	return len(u.got)
-}
-
 type rig struct {
 	t     *testing.T
 	net   *simnet.Net
@@ -70,6 +66,7 @@ type rig struct {
 	epoch *epoch.Domain
 	stats Stats
 	num   uint32
+	deaf  atomic.Bool
 }
 
 func newRig(t *testing.T) *rig {
@@ -78,8 +75,40 @@ func newRig(t *testing.T) *rig {
 	if r.slab, err = slab.New(slab.Config{}); err != nil {
 		t.Fatal(err)
 	}
-	r.reg = ibdev.NewRegistry(ibdev.Config{Providers: []verbs.Provider{softroce.New(softroce.Config{Network: r.net})}, Slab: r.slab, Epoch: r.epoch})
+	p := &deafProvider{softroce.New(softroce.Config{Network: r.net}), &r.deaf}
+	r.reg = ibdev.NewRegistry(ibdev.Config{Providers: []verbs.Provider{p}, Slab: r.slab, Epoch: r.epoch})
 	return r
+}
+
+// deafProvider opens devices whose receive handler (of the CQ that is created first) is not called while deaf is set.
+type deafProvider struct {
+	verbs.Provider
+	deaf *atomic.Bool
+}
+
+type deafDevice struct {
+	verbs.Device
+	deaf *atomic.Bool
+	cqs  int
+}
+
+func (p *deafProvider) OpenDevice(a netip.Addr) (verbs.Device, error) {
+	d, err := p.Provider.OpenDevice(a)
+	if err != nil {
+		return nil, err
+	}
+	return &deafDevice{Device: d, deaf: p.deaf}, nil
+}
+
+func (d *deafDevice) CreateCQ(c verbs.CQConfig) (verbs.CQ, error) {
+	d.cqs++
+	recv, h := d.cqs == 1, c.Handler
+	c.Handler = func(q verbs.CQ) {
+		if !recv || !d.deaf.Load() {
+			h(q)
+		}
+	}
+	return d.Device.CreateCQ(c)
 }
 
 func (r *rig) close() {
@@ -304,6 +333,36 @@ func TestDrainWhileReceiving(t *testing.T) {
 			c.Put()
 			r.close()
 		}
+	})
+}
+
+// TestStaleReceives: what had arrived when Close began, and was not looked at, is dropped and counted: its sender gets no
+// acknowledgement and sends it again.
+func TestStaleReceives(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		var ua, ub upper
+		a, b := r.pair(&ua, &ub)
+		c := r.chunk('x')
+		r.deaf.Store(true)
+		batch := make([]Send, 5)
+		for i := range batch {
+			batch[i] = Send{Kind: Data, N: 1, Pieces: [2]Piece{{c, 0, 3000}}}
+		}
+		a.Post(batch)
+		pause(time.Second)
+		if err := b.Close(time.Second); err != nil {
+			t.Error(err)
+		}
+		if len(ub.got) != 0 {
+			t.Errorf("%d SENDs brought up by a link that is being closed", len(ub.got))
+		}
+		if n := r.stats.Stale.Load(); n != 5 {
+			t.Errorf("%d counted as stale", n)
+		}
+		a.Close(time.Second)
+		c.Put()
+		r.close()
 	})
 }
 
