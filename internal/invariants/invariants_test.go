@@ -15,8 +15,9 @@ func TestCheck(t *testing.T) {
 			t.Errorf("a check that is not enabled panicked with %v", r)
 		}
 	}()
-	Check(2 == 2, "two is two")
-	Check(2 == 3, "two is not three")
+	two := len("ab")
+	Check(two == 2, "two is two")
+	Check(two == 3, "two is not three")
 }
 
 func TestGoroutineID(t *testing.T) {

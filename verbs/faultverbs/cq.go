@@ -337,7 +337,7 @@ func (c *cq) Close() error {
 	c.mu.Unlock()
 	c.wg.Wait()
 	c.run.Lock() // a handler of the provider's is over; ours may be at its end
-	c.run.Unlock()
+	defer c.run.Unlock()
 	c.d.mu.Lock()
 	delete(c.d.cqs, c.CQ)
 	c.d.mu.Unlock()

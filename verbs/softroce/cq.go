@@ -22,8 +22,7 @@ type cq struct {
 	overflow bool
 	closed   bool
 
-	fire  bool // on dev.cqReady; engine role
-	inRun bool // handler running; engine role
+	fire bool // on dev.cqReady; engine role
 }
 
 const (

@@ -125,7 +125,6 @@ type srq struct {
 	recvRing
 	users atomic.Int32
 	limit atomic.Int32 // armed limit, 0 none
-	num   int
 	state struct {
 		sync.Mutex
 		closed bool

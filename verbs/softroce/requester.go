@@ -22,9 +22,8 @@ type requester struct {
 	max psn.PSN // next PSN never sent
 	cur uint32  // index of the send request nxt belongs to
 
-	rdOut     int  // READs and atomics sent (before nxt) and not complete
-	sinceAck  int  // packets sent since one asked for an acknowledgement
-	fresh     bool // nothing acknowledged since the last go-back
+	rdOut     int // READs and atomics sent (before nxt) and not complete
+	sinceAck  int // packets sent since one asked for an acknowledgement
 	sqdNotify bool
 
 	// Flow: bytes of receive-buffer cost. cum is a running total over everything started.

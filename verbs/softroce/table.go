@@ -81,13 +81,6 @@ func (t *table[T]) replace(idx uint32, v *T) {
 	}
 }
 
-// live is the number of objects.
-func (t *table[T]) live() int {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return t.count
-}
-
 // each calls f for every object. What is added or removed meanwhile may be missed.
 func (t *table[T]) each(f func(*T)) {
 	for i := range t.root {

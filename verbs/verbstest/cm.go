@@ -332,7 +332,7 @@ func cmPrepareFails(l *lab) {
 	l.b.listen(7000, func(req verbs.ConnRequest) {
 		ep, err := req.Accept(context.Background(), eb.qp, cmParam(nil), func() error { return errTest })
 		if ep != nil {
-			err = errors.New("Accept gave an endpoint")
+			err = errors.New("an endpoint in spite of the error")
 		}
 		out <- err
 	})

@@ -26,11 +26,10 @@ func orderCases() []testcase {
 // mix posts n requests of all kinds and sizes on from and checks their completions, in order. The
 // receives it needs at to have ids 0, 1, ...
 type mix struct {
-	from, to   *end
-	src, dst   *region
-	ops        []verbs.SendWR
-	recvs      []verbs.WC
-	totalRecvs int
+	from, to *end
+	src, dst *region
+	ops      []verbs.SendWR
+	recvs    []verbs.WC
 }
 
 func newMix(p *pair, from, to *end, n int) *mix {
