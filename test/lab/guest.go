@@ -520,8 +520,8 @@ func (g *Guest) AddRXE(ctx context.Context) error {
 }
 
 // Impair has the guest's link treat packets in both directions as netem's arguments say ("loss", "1%") until t
-// ends. Both are bent through ifb devices: rxe notices a packet that netem drops on the device
-// itself, and sends it again at once.
+// ends. Both are bent through ifb devices, so that the sender is not told of a drop: a queueing discipline on the
+// device itself reports it to rxe's transmit call.
 func (g *Guest) Impair(t testing.TB, netem ...string) {
 	t.Helper()
 	g.Run(t, "tc", "qdisc", "add", "dev", GuestLink, "clsact")

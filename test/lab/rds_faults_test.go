@@ -51,8 +51,8 @@ func TestRDSFaults(t *testing.T) {
 			readdRXE(t, g)
 		}, false},
 		{"silence", func(t *testing.T, g *Guest) { g.Silence(t, 3*time.Second) }, false},
-		// A MAD that rxe cannot send while its link is down leaves the device's GSI deaf for good, hence a new
-		// device; and the kernel warns about what the old one leaks (docs/compatibility.md).
+		// rxe's CM may not survive a link that goes down under it, hence a new device; and the kernel warns about
+		// what the old one leaks (docs/compatibility.md).
 		{"guest's link down", func(t *testing.T, g *Guest) {
 			g.Run(t, "ip", "link", "set", GuestLink, "down")
 			time.Sleep(3 * time.Second)
