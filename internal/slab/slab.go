@@ -273,7 +273,7 @@ func (c *Chunk) Put() {
 	if !c.drop(uint32(h & linkMask)) {
 		return
 	}
-	if h&closedBit == 0 && s.free[cl].CompareAndSwap(h, (h&^linkMask+tagOne)|uint64(c.link())) {
+	if h&closedBit == 0 && s.free[cl].Load() == h && s.free[cl].CompareAndSwap(h, (h&^linkMask+tagOne)|uint64(c.link())) {
 		return
 	}
 	s.push(cl, c, c)
