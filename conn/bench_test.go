@@ -2,7 +2,6 @@ package conn
 
 import (
 	"fmt"
-	"net/netip"
 	"os"
 	"sync/atomic"
 	"testing"
@@ -38,7 +37,7 @@ func BenchmarkLoopback(b *testing.B) {
 			b.Run(fmt.Sprintf("dialect=%v/size=%d", dialect, size), func(b *testing.B) {
 				var sink countSink
 				mod := func(o *hostOptions) { o.cfg.Dialect = dialect; o.sr = softroce.Config{Port: 14791} }
-				local, remote := netip.MustParseAddr("127.0.0.21"), netip.MustParseAddr("127.0.0.22")
+				local, remote := ownLoopback(21), ownLoopback(22)
 				x := newHost(b, nil, local, mod)
 				y := newHost(b, nil, remote, mod, func(o *hostOptions) { o.cfg.Sink = &sink })
 				c := x.conn(remote)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"math/rand/v2"
 	"net/netip"
+	"os"
 	"sync"
 	"testing"
 	"time"
@@ -65,6 +66,12 @@ func (s *orderSink) count() int {
 	return s.n
 }
 
+// ownLoopback is an address of 127.0.0.0/8 that other processes which run these tests do not use.
+func ownLoopback(n byte) netip.Addr {
+	pid := os.Getpid()
+	return netip.AddrFrom4([4]byte{127, 64 | byte(pid>>8)&0x3f, byte(pid), n})
+}
+
 // TestConcurrentUDP has many goroutines send both ways over real sockets while links are broken under them, ports
 // turn congested, and receive buffers are held: for the race detector.
 func TestConcurrentUDP(t *testing.T) {
@@ -73,7 +80,7 @@ func TestConcurrentUDP(t *testing.T) {
 		perSender = 100
 	}
 	const senders = 6
-	addrs := [2]netip.Addr{netip.MustParseAddr("127.0.0.31"), netip.MustParseAddr("127.0.0.32")}
+	addrs := [2]netip.Addr{ownLoopback(31), ownLoopback(32)}
 	var hosts [2]*host
 	var sinks [2]*orderSink
 	for i := range hosts {
