@@ -380,7 +380,10 @@ func (c *Conn) linger(ctx context.Context) {
 	c.transmitLocked()
 	// The last acknowledgement on its way saves the peer from sending again what we had.
 	for range lingerLooks {
-		if l == nil || l.InFlight() == 0 || ctx.Err() != nil {
+		c.mu.Lock()
+		unsaid := c.up && c.ackNext != c.ackSent // another transmitter may be at work, or the ring full
+		c.mu.Unlock()
+		if l == nil || !unsaid && l.InFlight() == 0 || ctx.Err() != nil {
 			break
 		}
 		time.Sleep(lingerPause)
@@ -389,7 +392,7 @@ func (c *Conn) linger(ctx context.Context) {
 
 const (
 	lingerPause = time.Millisecond
-	lingerLooks = 100
+	lingerLooks = 500
 )
 
 // close ends the connection for good and returns how many messages it abandoned.
