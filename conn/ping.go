@@ -200,6 +200,7 @@ func (c *Conn) look() {
 		return
 	default:
 	}
+	l.Device().Refill()
 	if b.heard {
 		b.heard, b.silent = false, 0
 	} else {

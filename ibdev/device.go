@@ -117,6 +117,13 @@ func (d *Device) Park() {
 	}
 }
 
+// Refill posts receive buffers that are missing because there was no memory for them. What frees memory elsewhere in
+// the slab does not know of queues that want it, so somebody asks from time to time.
+func (d *Device) Refill() {
+	d.small.refill()
+	d.large.refill()
+}
+
 // event is the receiver of asynchronous events.
 func (d *Device) event(e verbs.AsyncEvent) {
 	switch {

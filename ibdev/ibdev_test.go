@@ -447,6 +447,42 @@ func TestReceive(t *testing.T) {
 	}
 }
 
+// TestRefill: buffers that the slab could not give are posted when it can.
+func TestRefill(t *testing.T) {
+	r := newRig(t)
+	var err error
+	if r.slab, err = slab.New(slab.Config{MaxBytes: 2 << 20}); err != nil { // 32 large chunks
+		t.Fatal(err)
+	}
+	r.reg.cfg.Slab = r.slab
+	var taken []*slab.Chunk
+	for range 28 {
+		c, err := r.slab.Alloc(slab.Large)
+		if err != nil {
+			t.Fatal(err)
+		}
+		taken = append(taken, c)
+	}
+	d := r.open(addrA)
+	qp, err := d.CreateQP(QPConfig{MaxSendWR: 8, MaxSendSGE: 1}, &quietHandler{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s := d.Stats(); s.Large.Posted != 32-28 || s.RecvNoMemory == 0 {
+		t.Errorf("%+v", s.Large)
+	}
+	for _, c := range taken {
+		c.Put()
+	}
+	d.Refill()
+	if s := d.Stats().Large; s.Posted != s.Target {
+		t.Errorf("%+v", s)
+	}
+	qp.Close()
+	d.Put()
+	r.close()
+}
+
 // TestLimitEventGrows: the queue is made longer when the provider says that it runs low.
 func TestLimitEventGrows(t *testing.T) {
 	r := newRig(t, func(c *Config) { c.Large = RecvConfig{Initial: 8, Max: 100} })

@@ -142,6 +142,16 @@ func (p *recvPool) settle() {
 	p.refillLocked()
 }
 
+// refill posts what is missing.
+func (p *recvPool) refill() {
+	p.mu.Lock()
+	if p.posted >= p.target {
+		p.mu.Unlock()
+		return
+	}
+	p.refillLocked()
+}
+
 // want makes sure that at least n buffers are kept posted, within the bound.
 func (p *recvPool) want(n int) {
 	p.mu.Lock()

@@ -237,6 +237,7 @@ func (l *Link) Post(sends []Send) (int, error) {
 		if s.HeaderLen > 0 {
 			e, err := l.qp.Device().SGE(l.hdrs, sl*slotBytes, s.HeaderLen)
 			if err != nil {
+				l.fail(err)
 				return 0, err
 			}
 			sg = append(sg, e)
@@ -245,6 +246,7 @@ func (l *Link) Post(sends []Send) (int, error) {
 			p := &s.Pieces[k]
 			e, err := l.qp.Device().SGE(p.Chunk, p.Off, p.Len)
 			if err != nil {
+				l.fail(err)
 				return 0, err
 			}
 			sg = append(sg, e)
