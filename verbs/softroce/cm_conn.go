@@ -53,7 +53,7 @@ type cmConn struct {
 	id     uint32 // our communication ID
 	local  netip.AddrPort
 	remote netip.AddrPort
-	answer chan struct{} // closed when Connect or Accept has something to look at; see answered
+	answer chan struct{} // closed when Connect or Accept has something to look at
 	done   chan struct{} // closed when an established connection has ended
 
 	// Guarded by m.q.mu.
@@ -190,7 +190,7 @@ func (m *connManager) postponeLocked(c *cmConn, serviceTimeout uint8) {
 	m.armLocked(c, min(cmwire.Timeout(serviceTimeout)+c.ackDelay, cmMaxMRA))
 }
 
-// setTimesLocked derives what depends on the local ACK timeout of the REQ.
+// setTimes derives what depends on the local ACK timeout of the REQ.
 func (c *cmConn) setTimes(ackTimeout uint8) {
 	c.timewait = min(max(verbs.AckTimeoutDuration(ackTimeout), cmMinTimewait), cmMaxTimewait)
 	c.ackDelay = cmwire.Timeout(ackTimeout)
@@ -234,7 +234,7 @@ func (c *cmConn) failLocked(err error) {
 	c.wakeLocked()
 }
 
-// enterEstablished: from REP_RCVD with the RTU, from REP_SENT by RTU or data.
+// enterEstablishedLocked: from REP_RCVD with the RTU, from REP_SENT by RTU or data.
 func (m *connManager) enterEstablishedLocked(c *cmConn) {
 	m.disarmLocked(c)
 	c.state, c.wasEstab = cmEstab, true

@@ -585,6 +585,40 @@ func TestCMReject(t *testing.T) {
 			b.wantEmpty()
 		})
 	})
+	t.Run("accept outlives the handler", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			_, a, b := twoHosts(t)
+			broken := errors.New("broken")
+			var prepared error
+			got := make(chan error, 1)
+			b.listen(func(r verbs.ConnRequest) {
+				go func() {
+					_, err := r.Accept(ctx, b.qp(), cmPassiveParam, func() error { time.Sleep(time.Second); return prepared })
+					got <- err
+				}()
+				time.Sleep(time.Millisecond) // the request is being answered
+			})
+			if d := a.dial(ctx, b, cmActiveParam).wait(); d.err != nil {
+				t.Errorf("connect: %v", d.err)
+			}
+			if err := <-got; err != nil {
+				t.Errorf("accept: %v", err)
+			}
+			prepared = broken
+			var re *verbs.RejectError
+			if d := a.dial(ctx, b, cmActiveParam).wait(); !errors.As(d.err, &re) || re.Reason != 28 {
+				t.Errorf("accept has failed and nobody is left to answer: %v", d.err)
+			}
+			if err := <-got; !errors.Is(err, broken) {
+				t.Errorf("accept: %v", err)
+			}
+			if b.cm.nPending != 0 {
+				t.Errorf("%d places taken", b.cm.nPending)
+			}
+			a.cm.close()
+			b.cm.close()
+		})
+	})
 	t.Run("active QP fails", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			n, a, b := twoHosts(t)

@@ -259,6 +259,36 @@ func TestCMUnexpected(t *testing.T) {
 	})
 }
 
+// TestCMDuplicateREP: what a second REP meets on the active side (rocev2 spec 7.9).
+func TestCMDuplicateREP(t *testing.T) {
+	cmPeerTest(t, func(t *testing.T, p *cmPeer, ac *accepted) {
+		d := p.h.dial(context.Background(), &cmTestHost{addr: p.addr}, cmActiveParam)
+		var req cmwire.REQ
+		var rtu, again cmwire.RTU
+		p.hears("REQ", &req)
+		rep := cmwire.REP{LocalCommID: 9, RemoteCommID: req.LocalCommID, LocalQPN: 0x55, LocalCAGUID: p.guid}
+		p.say(&rep)
+		p.hears("REP", &rtu)
+		if d.wait().err != nil || rtu.LocalCommID != req.LocalCommID || rtu.RemoteCommID != 9 || rtu.TID != req.TID {
+			t.Errorf("connect: %v, RTU %+v", d.err, rtu)
+		}
+		p.say(&rep)
+		p.hears("the same REP", &again)
+		if again != rtu {
+			t.Error("the second RTU differs")
+		}
+		rep.LocalCommID = 10
+		p.say(&rep)
+		p.hearsNothing("REP with another ID")
+		d.ep.Disconnect()
+		p.hears("disconnect", new(cmwire.DREQ))
+		rep.LocalCommID = 9
+		p.say(&rep)
+		p.hearsNothing("REP after DREQ")
+		p.h.wantState("REP after DREQ", cmDreqSent)
+	})
+}
+
 // TestCMDuplicateREQ: what a duplicate REQ meets in each state of the passive side (rocev2 spec 7.9).
 func TestCMDuplicateREQ(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
