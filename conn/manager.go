@@ -14,6 +14,7 @@ import (
 
 	"github.com/openrds/openrds/conn/ib"
 	"github.com/openrds/openrds/ibdev"
+	"github.com/openrds/openrds/internal/slab"
 	"github.com/openrds/openrds/internal/wire/rdshdr"
 )
 
@@ -25,6 +26,7 @@ type Manager struct {
 	inc       uint64 // our incarnation
 	count     counters
 	linkStats ib.Stats
+	sendMem   memBudget
 
 	mu       sync.RWMutex
 	byKey    map[key]*Conn
@@ -72,6 +74,9 @@ func (c Config) withDefaults() Config {
 	num(&c.MaxConns, 65536)
 	num(&c.MaxQueuedPerConn, 1<<20)
 	num(&c.SendRing, 64)
+	if c.SendMemory == 0 {
+		c.SendMemory = slab.DefaultMaxBytes / 2
+	}
 	num(&c.KernelSendRing, 256)
 	c.SendRing, c.KernelSendRing = ringSize(c.SendRing, 256), ringSize(c.KernelSendRing, 1024)
 	if c.Logger == nil {
@@ -100,6 +105,7 @@ func NewManager(cfg Config) *Manager {
 		byKey: make(map[key]*Conn), peers: make(map[pair]*Peer), sites: make(map[netip.Addr]*site),
 		scratch: make(map[*ibdev.Device]*rxScratch), done: make(chan struct{}), ended: make(chan struct{}),
 	}
+	m.sendMem.limit = cfg.SendMemory
 	for m.inc == 0 {
 		var b [8]byte
 		_, _ = rand.Read(b[:]) // never fails
@@ -188,7 +194,7 @@ func (m *Manager) create(k key, named bool) (*Conn, error) {
 	}
 	p.conns++
 	c := &Conn{m: m, site: s, peer: p, local: k.local, remote: k.remote, tos: k.tos}
-	c.q.init(m.cfg.Slab, m.cfg.MaxQueuedPerConn, m.cfg.FirstSequence())
+	c.q.init(m.cfg.Slab, &m.sendMem, m.cfg.MaxQueuedPerConn, m.cfg.FirstSequence())
 	c.asked = c.q.una
 	c.ctl.wake = make(chan struct{}, 1)
 	c.rx.pongs.tokens = pongBurst
@@ -373,21 +379,23 @@ func (c *Conn) linger(ctx context.Context) {
 		}
 		c.mu.Lock()
 	}
-	if c.up && c.ackNext != c.ackSent {
-		c.ackNow = true
-	}
-	l := c.link
-	c.transmitLocked()
-	// The last acknowledgement on its way saves the peer from sending again what we had.
+	// The last acknowledgement on its way saves the peer from sending again what we had. It may have to wait: for another
+	// transmitter, for room, or, if data came before the handshake was through, for the connection.
 	for range lingerLooks {
-		c.mu.Lock()
-		unsaid := c.up && c.ackNext != c.ackSent // another transmitter may be at work, or the ring full
-		c.mu.Unlock()
-		if l == nil || !unsaid && l.InFlight() == 0 || ctx.Err() != nil {
-			break
+		owed := c.ackNext != c.ackSent
+		if owed && c.up {
+			c.ackNow = true
+		}
+		owed = owed && (c.up || c.state.load() == Connecting)
+		l := c.link
+		c.transmitLocked()
+		if !owed && (l == nil || l.InFlight() == 0) || ctx.Err() != nil {
+			return
 		}
 		time.Sleep(lingerPause)
+		c.mu.Lock()
 	}
+	c.mu.Unlock()
 }
 
 const (
