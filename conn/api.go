@@ -85,7 +85,7 @@ const (
 // Conditions a caller acts on.
 var (
 	ErrClosed = net.ErrClosed
-	// ErrNoMemory: the slab is exhausted, or the connection holds as many messages as it may. Nothing was
+	// ErrNoMemory: SendMemory or the slab is exhausted, or the connection holds as many messages as it may. Nothing was
 	// queued.
 	ErrNoMemory = errors.New("no buffer memory")
 	// ErrTooManyConns: the Manager holds as many connections as it may.
@@ -152,6 +152,10 @@ type Config struct {
 	MaxQueuedPerConn int // 1 << 20 messages unacknowledged
 	SendRing         int // 64 SENDs in flight per connection between two of ours, at most 256
 	KernelSendRing   int // 256 SENDs in flight per connection towards a kernel, at most 1024
+
+	// SendMemory bounds the slab memory of all send queues in bytes; 0: half of slab.DefaultMaxBytes. With
+	// ibdev.Config.RecvMemory it must leave something of the Slab's bound: an eighth is good.
+	SendMemory int64
 }
 
 // Stats are the counters of a Manager: those of the kernel that concern this layer under the kernel's

@@ -46,21 +46,23 @@ type hostOptions struct {
 	cfg    Config
 	regCfg ibdev.Config
 	sr     softroce.Config
+
+	slabBytes int64
 }
 
 func newHost(t testing.TB, net packetio.Network, addr netip.Addr, mod ...func(*hostOptions)) *host {
 	t.Helper()
 	h := &host{t: t, addr: addr, epoch: epoch.NewDomain(), sink: newTestSink()}
-	var err error
-	if h.slab, err = slab.New(slab.Config{Name: addr.String()}); err != nil {
-		t.Fatal(err)
-	}
 	o := hostOptions{sr: softroce.Config{Network: net, Epoch: h.epoch}}
 	if testing.Verbose() && os.Getenv("CONN_TRACE") != "" {
 		o.cfg.Logger = hclog.New(&hclog.LoggerOptions{Name: addr.String(), Level: hclog.Trace})
 	}
 	for _, f := range mod {
 		f(&o)
+	}
+	var err error
+	if h.slab, err = slab.New(slab.Config{Name: addr.String(), MaxBytes: o.slabBytes}); err != nil {
+		t.Fatal(err)
 	}
 	o.regCfg.Providers = []verbs.Provider{softroce.New(o.sr)}
 	o.regCfg.Slab, o.regCfg.Epoch = h.slab, h.epoch

@@ -534,3 +534,46 @@ func TestHalfOpen(t *testing.T) {
 		}
 	})
 }
+
+// TestSlabExhausted: senders that fill the memory are told so, and what was accepted gets through; both ways at once, so that
+// the receive queues want memory too.
+func TestSlabExhausted(t *testing.T) {
+	bubble(t, 1, quick, func(t *testing.T, net *simnet.Net) {
+		mod := func(o *hostOptions) {
+			o.slabBytes, o.cfg.SendMemory = 8<<20, 4<<20
+			o.regCfg.RecvMemory = 2 << 20
+		}
+		a, b := newHost(t, net, addrA, mod), newHost(t, net, addrB, mod)
+		rng := rand.New(rand.NewPCG(1, 1))
+		ab, ba := &stream{port: 4001, rng: rng}, &stream{port: 4002, rng: rng}
+		refused := 0
+		for range 20 {
+			for _, x := range []struct {
+				s *stream
+				c *Conn
+			}{{ab, a.conn(addrB)}, {ba, b.conn(addrA)}} {
+				for range 200 {
+					size := testSizes[rng.IntN(len(testSizes))]
+					err := x.c.Send(&x.s.owner, x.s.port, x.s.port, payload(x.s.port, x.s.next, size))
+					if errors.Is(err, ErrNoMemory) {
+						refused++
+						continue
+					} else if err != nil {
+						t.Fatal(err)
+					}
+					x.s.next++
+					x.s.sent++
+				}
+			}
+			time.Sleep(time.Duration(rng.IntN(3000)) * time.Microsecond)
+		}
+		if refused == 0 {
+			t.Error("memory was never exhausted")
+		}
+		eventually(t, "what was accepted arrives", time.Minute, func() bool { return b.sink.len() == ab.sent && a.sink.len() == ba.sent })
+		checkStreams(t, b.sink.take(), ab)
+		checkStreams(t, a.sink.take(), ba)
+		a.close(10 * time.Second)
+		b.close(10 * time.Second)
+	})
+}

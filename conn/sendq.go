@@ -1,6 +1,8 @@
 package conn
 
 import (
+	"go.uber.org/atomic"
+
 	"github.com/openrds/openrds/ibdev"
 	"github.com/openrds/openrds/internal/slab"
 	"github.com/openrds/openrds/internal/wire/rdshdr"
@@ -33,8 +35,9 @@ import (
 //
 // All of it is guarded by Conn.mu, except that a large payload is copied without it.
 type sendQueue struct {
-	mem *slab.Slab
-	max int // messages
+	mem    *slab.Slab
+	budget *memBudget // of all queues together
+	max    int        // messages
 
 	una, next, tail uint64
 	nextOff         int    // payload bytes of message next that are in SENDs already
@@ -116,8 +119,25 @@ const (
 	maxPieces      = MaxMessage/pieceLen + 3
 )
 
-func (q *sendQueue) init(mem *slab.Slab, maxMsgs int, first uint64) {
-	q.mem, q.max = mem, maxMsgs
+// memBudget bounds the slab memory of all send queues. They may not take all of it: receive buffers and header slots are
+// what brings the acknowledgements that free it again.
+type memBudget struct {
+	used  atomic.Int64 // bytes
+	limit int64
+}
+
+func (b *memBudget) take(n int) bool {
+	if b.used.Add(int64(n)) > b.limit {
+		b.used.Sub(int64(n))
+		return false
+	}
+	return true
+}
+
+func (b *memBudget) give(n int) { b.used.Sub(int64(n)) }
+
+func (q *sendQueue) init(mem *slab.Slab, budget *memBudget, maxMsgs int, first uint64) {
+	q.mem, q.budget, q.max = mem, budget, maxMsgs
 	q.una, q.next, q.tail, q.handed, q.again, q.everSent = first, first, first, first, first, first
 	q.ackBytes = kernelAckBytes
 }
@@ -206,13 +226,17 @@ func (q *sendQueue) addChunks(n int) bool {
 	for have := int(q.lastSer - q.firstSer); have+k > len(q.chunks); {
 		q.growChunks()
 	}
-	size := ibdev.MaxSend
+	size, mem := ibdev.MaxSend, slab.Large
 	if n <= smallLen && q.una == q.tail {
-		size = slab.Small
+		size, mem = slab.Small, slab.Small
+	}
+	if !q.budget.take(k * mem) {
+		return false
 	}
 	for i := range k {
-		c, err := q.mem.Alloc(size)
+		c, err := q.mem.Alloc(mem)
 		if err != nil {
+			q.budget.give((k - i) * mem)
 			for ; i > 0; i-- {
 				q.lastSer--
 				q.dropChunk(q.lastSer)
@@ -228,6 +252,7 @@ func (q *sendQueue) addChunks(n int) bool {
 func (q *sendQueue) dropChunk(ser uint32) {
 	c := q.chunk(ser)
 	c.c.Put()
+	q.budget.give(len(c.mem))
 	*c = chunk{}
 }
 

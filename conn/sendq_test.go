@@ -94,7 +94,7 @@ func TestSendQueue(t *testing.T) {
 		}
 		const first = 100
 		var q sendQueue
-		q.init(mem, 64, first)
+		q.init(mem, &memBudget{limit: 60 << 20}, 64, first)
 		var tw twin
 		seq := uint64(first)
 		owners := []*testOwner{{}, {}, {}}
@@ -337,6 +337,9 @@ func TestSendQueue(t *testing.T) {
 			}
 		}
 		q.trim()
+		if n := q.budget.used.Load(); n != 0 {
+			t.Fatalf("%d bytes of the budget are not given back", n)
+		}
 		if err := mem.Close(); err != nil {
 			t.Fatal(err)
 		}

@@ -190,6 +190,7 @@ func (p *recvPool) putBack(b *RecvBuf) {
 // vacateLocked takes b's chunk from it.
 func (p *recvPool) vacateLocked(b *RecvBuf) *slab.Chunk {
 	chunk := b.chunk
+	p.dev.reg.recvMem.Sub(int64(p.size))
 	b.chunk, b.mem = nil, nil
 	p.vacant = append(p.vacant, b)
 	p.live.Dec()
@@ -240,7 +241,7 @@ func (p *recvPool) refillLocked() {
 	p.mu.Unlock()
 }
 
-// takeLocked finds a buffer with a chunk, nil when the bound or the slab is exhausted.
+// takeLocked finds a buffer with a chunk, nil when a bound or the slab is exhausted.
 func (p *recvPool) takeLocked() *RecvBuf {
 	if n := len(p.idle); n > 0 {
 		b := p.idle[n-1]
@@ -258,8 +259,14 @@ func (p *recvPool) takeLocked() *RecvBuf {
 	} else {
 		return nil
 	}
-	chunk, err := p.dev.reg.cfg.Slab.Alloc(p.size)
+	r := p.dev.reg
+	var chunk *slab.Chunk
+	err := slab.ErrNoMemory
+	if r.recvMem.Add(int64(p.size)) <= r.cfg.RecvMemory || int(p.live.Load()) < p.cfg.Initial {
+		chunk, err = r.cfg.Slab.Alloc(p.size)
+	}
 	if err != nil {
+		r.recvMem.Sub(int64(p.size))
 		p.vacant = append(p.vacant, b)
 		p.dev.stats.recvNoMemory.Inc()
 		return nil

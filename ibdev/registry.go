@@ -33,6 +33,10 @@ type Config struct {
 	// Small and Large describe the shared receive queues of each device. Zero values: Small 512, 256 per
 	// QP (a kernel's send ring), at most 16384 buffers of SmallRecv; Large 16, however many QPs, at most 4096 of LargeRecv.
 	Small, Large RecvConfig
+
+	// RecvMemory bounds the slab memory of the receive buffers of all devices in bytes, beyond the initial ones of
+	// each; 0: three eighths of slab.DefaultMaxBytes.
+	RecvMemory int64
 }
 
 func (c *RecvConfig) setDefaults(initial, perQP, maxBufs int) {
@@ -50,8 +54,9 @@ func (c *RecvConfig) setDefaults(initial, perQP, maxBufs int) {
 
 // Registry maps local addresses to devices, which it opens on first use.
 type Registry struct {
-	cfg    Config
-	logger hclog.Logger
+	cfg     Config
+	logger  hclog.Logger
+	recvMem atomic.Int64 // bytes of receive buffers
 
 	// table is what Lookup reads, inside an epoch. The registry holds a reference to each device in it; a
 	// device taken out may still be found by a reader that entered before, whose TryGet then decides.
@@ -74,6 +79,9 @@ type opening struct{ done chan struct{} }
 
 // NewRegistry returns an empty Registry.
 func NewRegistry(cfg Config) *Registry {
+	if cfg.RecvMemory == 0 {
+		cfg.RecvMemory = slab.DefaultMaxBytes / 8 * 3
+	}
 	cfg.Small.setDefaults(512, 256, 16384)
 	cfg.Large.setDefaults(16, 0, 4096)
 	if cfg.Logger == nil {
