@@ -192,7 +192,7 @@ func newDevice(p *Provider, addr netip.Addr, conn packetio.Conn) *device {
 	d.tx.init(d)
 	d.sleeper, _ = conn.(packetio.Sleeper)
 	d.place.conn, _ = conn.(packetio.Placer)
-	d.cm = newConnManager(d, mrand.New(mrand.NewPCG(d.random64(), d.random64())))
+	d.cm = newConnManager(d, mrand.New(mrand.NewChaCha8(d.randomKey())))
 	return d
 }
 
@@ -209,6 +209,12 @@ func (d *device) random64() uint64 {
 	var b [8]byte
 	rand.Read(b[:]) // never fails
 	return binary.LittleEndian.Uint64(b[:])
+}
+
+// randomKey seeds communication IDs and PSNs, which peers see and must not be able to predict.
+func (d *device) randomKey() (key [32]byte) {
+	rand.Read(key[:]) // never fails
+	return key
 }
 
 // Name implements verbs.Device.

@@ -278,12 +278,12 @@ func (q *qp) Close() error {
 	if was {
 		return nil
 	}
-	// 1. No packet finds it any more. The CM may want its number kept until timewait is over.
-	if d.cm.qpClosed(q.Num()) {
-		tomb := &qp{dev: d, num: q.num}
-		tomb.closed.Store(true)
-		d.qps.replace(q.num, tomb)
-	} else {
+	// 1. No packet finds it any more. The CM may want its number kept until timewait is over, and may give it
+	// back at once.
+	tomb := &qp{dev: d, num: q.num}
+	tomb.closed.Store(true)
+	d.qps.replace(q.num, tomb)
+	if !d.cm.qpClosed(q.Num()) {
 		d.qps.remove(q.num)
 	}
 	// 2. Trains that wait for room in the socket may name its memory.
