@@ -35,11 +35,12 @@ func TestReadmeProgram(t *testing.T) {
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
+	listener, speaker := ownLoopback(3)+":4000", ownLoopback(4)+":4000"
 	for _, firstIsSender := range []bool{false, true} {
 		var heard, said bytes.Buffer
-		receiver := exec.Command(exe, "127.0.77.3:4000")
+		receiver := exec.Command(exe, listener)
 		receiver.Stdout, receiver.Stderr = &heard, &heard
-		sender := exec.Command(exe, "127.0.77.4:4000", "127.0.77.3:4000")
+		sender := exec.Command(exe, speaker, listener)
 		sender.Stderr = &said
 		order := []*exec.Cmd{receiver, sender}
 		if firstIsSender {
@@ -58,7 +59,7 @@ func TestReadmeProgram(t *testing.T) {
 		if err := receiver.Wait(); err != nil {
 			t.Errorf("sender first %v: the receiver: %v", firstIsSender, err)
 		}
-		if got, want := heard.String(), "127.0.77.4:4000 says hello\n"; got != want {
+		if got, want := heard.String(), speaker+" says hello\n"; got != want {
 			t.Errorf("sender first %v: heard %q, want %q", firstIsSender, got, want)
 		}
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"os"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -13,11 +14,16 @@ import (
 	"github.com/hashicorp/go-hclog"
 )
 
-// Addresses of tests: other packages' tests run at the same time on those that people use.
-const (
-	testClientAddr = "127.0.77.1"
-	testServerAddr = "127.0.77.2"
+// Addresses of tests, that neither people nor other test processes use at the same time.
+var (
+	testClientAddr = ownLoopback(1)
+	testServerAddr = ownLoopback(2)
 )
+
+func ownLoopback(n byte) string {
+	pid := os.Getpid()
+	return netip.AddrFrom4([4]byte{127, 64 | byte(pid>>8)&0x3f, byte(pid), n}).String()
+}
 
 // serveLoopback runs a server in this process and returns its control address.
 func serveLoopback(t *testing.T, open openTransport) netip.AddrPort {
@@ -84,6 +90,7 @@ func TestRuns(t *testing.T) {
 				{"unchecked", func(s *spec) { s.Verify = false }},
 				{"four sockets", func(s *spec) { s.Sockets = 4 }},
 				{"both directions", func(s *spec) { s.Bidir = true }},
+				{"1 MiB, both directions, two sockets", func(s *spec) { s.Size, s.Bidir, s.Sockets = 1<<20, true, 2 }},
 				{"depth 1", func(s *spec) { s.Depth = 1 }},
 				{"depth 64, both directions, two sockets", func(s *spec) { s.Depth, s.Bidir, s.Sockets = 64, true, 2 }},
 				{"round trip", func(s *spec) { s.Test = testRTT }},
