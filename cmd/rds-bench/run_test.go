@@ -62,7 +62,7 @@ func connectClient(t *testing.T, control netip.AddrPort, p params, open openTran
 // shortParams are parameters of a run that is over soon.
 func shortParams() params {
 	p := defaultParams()
-	p.Duration, p.Warmup, p.Verify = 50*time.Millisecond, 10*time.Millisecond, true
+	p.Duration, p.Warmup, p.Verify = 250*time.Millisecond, 10*time.Millisecond, true
 	return p
 }
 
