@@ -24,14 +24,14 @@ func (h *holders) reset() {
 }
 
 func (h *holders) took(name string) {
-	s := invariants.Caller(2)
+	s := invariants.Caller(1)
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.by[name] = append(h.by[name], s)
 }
 
 func (h *holders) gave(name string) {
-	s := invariants.Caller(2)
+	s := invariants.Caller(1)
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	held := h.by[name]
