@@ -46,7 +46,7 @@ var quick = []string{"--duration", "200ms", "--warmup", "20ms"}
 var localAddrs = testClientAddr + "," + testServerAddr
 
 func TestCommandLocal(t *testing.T) {
-	stdout, stderr, code := runCommand(t, append(quick, "--addr", localAddrs, "--json", "--verify", "--compare", "tcp,udp")...)
+	stdout, stderr, code := runCommand(t, append(quick, "--addr", localAddrs, "--json", "--verify", "--compare", "tcp,udp", "--sizes", "64,4KiB,16KiB,"+strconv.Itoa(bulk))...)
 	if code != 0 || stderr != "" {
 		t.Fatalf("exit status %d, standard error:\n%s", code, stderr)
 	}
