@@ -368,9 +368,19 @@ func bench(b *testing.B, workers int, op func(*Slab)) {
 	s := newSlab(b, Config{})
 	op(s) // maps the first region
 	b.ResetTimer()
+	// Started together: workers that came one after the other would show twice the cost of one, and
+	// nothing of what they cost each other.
+	if workers > runtime.GOMAXPROCS(0) {
+		b.Skipf("%d processors", runtime.GOMAXPROCS(0))
+	}
 	var wg sync.WaitGroup
+	var ready atomic.Int32
 	for range workers {
 		wg.Go(func() {
+			ready.Add(1)
+			for int(ready.Load()) < workers {
+				runtime.Gosched()
+			}
 			for range b.N {
 				op(s)
 			}
