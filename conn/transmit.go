@@ -133,13 +133,13 @@ func (c *Conn) build(l *ib.Link) (b built) {
 		b.n++
 		c.markDue = false
 	}
-	if c.mapDue && !c.markDue && c.q.nextOff == 0 && free >= b.n+2 {
+	if c.mapDue && !c.markDue && !c.midMessage() && free >= b.n+2 {
 		carried = c.buildMap(l, &b)
 	}
 	first := c.q.next
 	outstanding := l.Outstanding()
 	data := 0
-	for b.n < len(c.sends) && b.n < free-reservedSlots && c.q.next != c.q.tail && !c.markDue && !c.mapDue {
+	for b.n < len(c.sends) && b.n < free-reservedSlots && c.q.next != c.q.tail && !c.markDue && (!c.mapDue || c.midMessage()) {
 		s := &c.sends[b.n]
 		idle := outstanding+data == 0 || c.flush || c.q.nextOff >= bigMessage
 		if c.frag == 0 {
