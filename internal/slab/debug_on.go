@@ -22,7 +22,7 @@ type debug struct {
 	allocAt, freedAt invariants.Stack
 }
 
-func (d *debug) String() string {
+func (d *debug) history() string {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return fmt.Sprintf("\nallocated at\n%s\nfreed at\n%s", d.allocAt, d.freedAt)

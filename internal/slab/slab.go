@@ -420,5 +420,5 @@ func (s *Slab) Close() error {
 // describe names a chunk, with its history as far as that is known.
 func (c *Chunk) describe() string {
 	return fmt.Sprintf("chunk of %d bytes at %d in region %d of slab %s%s",
-		len(c.mem), c.off, c.region.id, c.region.slab.cfg.Name, c.debug.String())
+		len(c.mem), c.off, c.region.id, c.region.slab.cfg.Name, c.history())
 }
