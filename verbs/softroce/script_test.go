@@ -581,3 +581,64 @@ func TestSocketFull(t *testing.T) {
 		}
 	})
 }
+
+// TestBadResponses: an answer of the wrong kind, or of the wrong length, fails the request.
+func TestBadResponses(t *testing.T) {
+	read := verbs.SendWR{ID: 1, Opcode: verbs.OpRead, RemoteAddr: 0x4000, RKey: 0x77}
+	for name, tc := range map[string]struct {
+		wr     verbs.SendWR
+		n      int
+		op     roce.Opcode
+		ext    []byte
+		data   int
+		status verbs.WCStatus
+	}{
+		"a READ response to a SEND":        {verbs.SendWR{ID: 1, Opcode: verbs.OpSend}, 10, roce.RCReadRespOnly, aeth(roce.SynACK, 1), 10, verbs.WCBadRespErr},
+		"an atomic's answer to a SEND":     {verbs.SendWR{ID: 1, Opcode: verbs.OpSend}, 10, roce.RCAtomicAck, append(aeth(roce.SynACK, 1), make([]byte, 8)...), 0, verbs.WCBadRespErr},
+		"an atomic's answer to a READ":     {read, 10, roce.RCAtomicAck, append(aeth(roce.SynACK, 1), make([]byte, 8)...), 0, verbs.WCBadRespErr},
+		"Last in the middle of a READ":     {read, 600, roce.RCReadRespOnly, aeth(roce.SynACK, 1), 256, verbs.WCBadRespErr},
+		"a READ response that is short":    {read, 100, roce.RCReadRespOnly, aeth(roce.SynACK, 1), 99, verbs.WCLocLenErr},
+		"a READ response that is too long": {read, 100, roce.RCReadRespOnly, aeth(roce.SynACK, 1), 101, verbs.WCLocLenErr},
+	} {
+		t.Run(name, func(t *testing.T) {
+			script(t, func(c *testContext) {
+				tc.wr.SGs = c.sge(0, tc.n)
+				c.post(tc.wr, send(2, nil))
+				for {
+					if _, ok := c.read(); !ok {
+						break
+					}
+				}
+				c.write(tc.op, tx(0), false, tc.ext, make([]byte, tc.data))
+				c.wantWC("the request fails", 1, tc.status)
+				c.wantWC("what is behind is flushed", 2, verbs.WCFlushErr)
+				if s := c.qp.State(); s != verbs.StateErr {
+					t.Errorf("QP is in %v", s)
+				}
+			})
+		})
+	}
+}
+
+// TestOverlappingReads: READ duplicates move the answer in progress, they never start a second, and a plain ACK never
+// carries a READ's PSN.
+func TestOverlappingReads(t *testing.T) {
+	script(t, func(tc *testContext) {
+		const n = 4 * 256
+		tc.write(roce.RCReadRequest, rx(0), true, reth(testIOVA, tc.mr.RKey(), n), nil)
+		for i, op := range []roce.Opcode{roce.RCReadRespFirst, roce.RCReadRespMiddle, roce.RCReadRespMiddle, roce.RCReadRespLast} {
+			tc.want("the answer", op, rx(i))
+		}
+		tc.wantIdle("a READ's answer is its acknowledgement")
+		tc.write(roce.RCReadRequest, rx(2), true, reth(testIOVA+512, tc.mr.RKey(), n-512), nil)
+		tc.want("asked again from the middle", roce.RCReadRespFirst, rx(2))
+		pk := tc.want("", roce.RCReadRespLast, rx(3))
+		if string(pk.Payload) != string(tc.mem[768:1024]) {
+			t.Error("replayed data")
+		}
+		tc.write(roce.RCReadRequest, rx(1), true, reth(testIOVA, tc.mr.RKey(), 256), nil)
+		tc.write(roce.RCReadRequest, rx(0), true, reth(testIOVA, tc.mr.RKey()^1, n), nil)
+		tc.write(roce.RCReadRequest, rx(0), true, reth(testIOVA, tc.mr.RKey(), n+1), nil)
+		tc.wantIdle("replays with another range or key are dropped")
+	})
+}
