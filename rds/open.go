@@ -39,10 +39,14 @@ func openTransport(cfg *Config, k conn.Sink) (transport, error) {
 			Network: cfg.Network, Port: cfg.UDPPort, Epoch: st.epoch, Logger: cfg.Logger.Named("softroce"),
 		})}
 	}
+	// Half of the memory is for what waits to be sent, three eighths for what is received: neither may take what the
+	// other, or a new connection, needs.
 	st.reg = ibdev.NewRegistry(ibdev.Config{
 		Providers: providers, Slab: st.slab, Epoch: st.epoch, Logger: cfg.Logger.Named("ibdev"),
+		RecvMemory: cfg.MaxSlabBytes / 8 * 3, // 0 with the slab's own default
 	})
 	cc := cfg.Conn
+	cc.SendMemory = cfg.MaxSlabBytes / 2
 	cc.Registry, cc.Slab, cc.Epoch, cc.Sink = st.reg, st.slab, st.epoch, k
 	cc.Logger, cc.Dialect = cfg.Logger.Named("conn"), cfg.Dialect
 	st.mgr = conn.NewManager(cc)
