@@ -23,7 +23,6 @@ const (
 	cRxBadDF         // IPv4 without DF
 	cRxICRCSolved    // accepted after solving for the IPv4 identification
 	cRxNoRecv        // UD without a receive request, or too long for it
-	cRxUnknownOp     //
 	cRxCNP           //
 	cRxSockDrops     // SO_RXQ_OVFL
 	cTxErrors        // the socket refused a train for good
@@ -54,7 +53,7 @@ const (
 var counterNames = [nCounters]string{
 	"rx_packets", "rx_trains", "rx_placed", "rx_bytes", "tx_packets", "tx_trains", "tx_bytes",
 	"rx_malformed", "rx_no_qp", "rx_bad_state", "rx_bad_source", "rx_bad_pkey", "rx_bad_qkey", "rx_bad_icrc", "rx_bad_df",
-	"rx_icrc_solved", "rx_no_recv", "rx_unknown_opcode", "rx_cnp", "rx_socket_drops", "tx_errors", "tx_blocked",
+	"rx_icrc_solved", "rx_no_recv", "rx_cnp", "rx_socket_drops", "tx_errors", "tx_blocked",
 	"duplicate_requests", "seq_nak_sent", "seq_nak_received", "rnr_nak_sent", "rnr_nak_received", "retransmits", "timeouts", "probes",
 	"implied_nak", "response_out_of_range", "read_replays", "atomic_replays", "read_deferred", "cq_overflow", "async_events_dropped",
 	"remote_access_errors", "remote_invalid_requests", "remote_operation_errors", "flushed", "cm_dropped",

@@ -41,10 +41,10 @@ func (d *device) receiveBatch() int {
 		return d.receiveBatch()
 	}
 	n, err := pl.conn.RecvPlaced(d.rx[:k], pl.layout, pl.bufs[:k])
-	if err != nil {
+	if err != nil || n == 0 {
 		return 0
 	}
-	hit := n == 0
+	hit := false
 	for i := range d.rx[:n] {
 		t := &d.rx[i]
 		if t.Placed {

@@ -178,7 +178,10 @@ func (d *device) sendFrom(q *qp, w *swqe, limit int) (sent int, stop bool) {
 		// One message at least is always allowed, else a window smaller than a packet would stop us.
 		inflight := q.cumNxt - q.cumUna
 		if q.nxt != q.una && (q.nxt.Sub(q.una) >= q.pktLimit || inflight >= wnd) {
-			d.lastAckReq(q)
+			// The packet before asked for an acknowledgement: ack below looks one packet ahead.
+			if q.deadline.IsZero() {
+				q.armRTO()
+			}
 			return sent, true
 		}
 		step := 1
@@ -224,14 +227,6 @@ func (d *device) sendFrom(q *qp, w *swqe, limit int) (sent int, stop bool) {
 		q.cur++
 	}
 	return sent, false
-}
-
-// lastAckReq is called when the window closes: the packet before asked for an acknowledgement, since
-// sendFrom looks one packet ahead. It only keeps the timer running.
-func (d *device) lastAckReq(q *qp) {
-	if q.deadline.IsZero() {
-		q.armRTO()
-	}
 }
 
 // emitRequest sends packet k of w.

@@ -7,7 +7,8 @@ import (
 )
 
 // table maps 24-bit indices (QPNs, key indices) to objects. Reads are two atomic loads and need no
-// lock; a reader holds the device's epoch, and what it finds stays usable until it leaves it.
+// lock. The engine reads inside its epoch, so that what it finds stays usable for the step; posters take a reference with
+// TryGet, and the collector keeps what that fails on.
 // Writers are serialised by mu. Indices are handed out upwards from a random start and wrap, so
 // that one is not used again soon.
 type table[T any] struct {
