@@ -101,7 +101,7 @@ func (d *nullDev) Park()                                  {}
 func (d *nullDev) Stats() map[string]uint64               { return nil }
 func (d *nullDev) Close() error                           { return nil }
 func (d *nullDev) SetAsyncHandler(func(verbs.AsyncEvent)) {}
-func (d *nullDev) AllocPD() (verbs.PD, error)             { return nullPD{d}, nil }
+func (d *nullDev) AllocPD() (verbs.PD, error)             { return nullPD{d: d}, nil }
 
 func (d *nullDev) Attr() verbs.DeviceAttr {
 	return verbs.DeviceAttr{MaxQP: 1 << 20, MaxQPWR: 1 << 16, MaxSGE: 64, MaxCQ: 1 << 16, MaxCQE: 1 << 20, MaxSRQ: 1 << 16, MaxSRQWR: 1 << 20,
@@ -232,7 +232,11 @@ func (e nullEndpoint) Disconnect() error {
 	return nil
 }
 
-type nullPD struct{ d *nullDev }
+// nullPD has what RDS needs; the rest is missing.
+type nullPD struct {
+	verbs.PD
+	d *nullDev
+}
 
 func (pd nullPD) Close() error { return nil }
 

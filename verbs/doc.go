@@ -27,5 +27,4 @@
 // # Limitations
 //
 // Reliable connected (RC) and unreliable datagram (UD) service only. One port, one P_Key (0xFFFF).
-// Fast registration, memory windows and on-demand paging are not part of the vocabulary yet.
 package verbs

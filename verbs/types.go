@@ -91,6 +91,9 @@ const (
 	AccessRemoteWrite  Access = 1 << 1
 	AccessRemoteRead   Access = 1 << 2
 	AccessRemoteAtomic Access = 1 << 3
+	AccessMWBind       Access = 1 << 4 // memory windows may be bound to the region
+	AccessZeroBased    Access = 1 << 5 // of a window: its addresses are offsets from its start
+	AccessOnDemand     Access = 1 << 6 // nothing is pinned: see PD.RegOnDemandMR
 )
 
 // SGE names Length bytes at Addr of the registered region LKey. Addr is an IOVA: the region's
@@ -114,6 +117,16 @@ const (
 	OpRead
 	OpCompareSwap
 	OpFetchAdd
+	// OpReadWithInv is OpRead that frees the local region or window InvalidateRKey, which its sink
+	// belongs to, when it completes (CapReadWithInv).
+	OpReadWithInv
+	// OpFastRegMR maps SendWR.FastReg.MR (CapMemMgtExtensions). Requests behind it in the queue may use the key.
+	OpFastRegMR
+	// OpLocalInv frees the fast-registration region, or type 2 window, whose key is InvalidateRKey
+	// (CapMemMgtExtensions). It waits for earlier requests of its queue that use that region, for no others.
+	OpLocalInv
+	// OpBindMW binds SendWR.Bind.MW (CapMW1, CapMW2A, CapMW2B).
+	OpBindMW
 )
 
 func (o SendOpcode) String() string {
@@ -147,8 +160,11 @@ type SendWR struct {
 	// Imm is the immediate of OpSendWithImm and OpWriteWithImm. On the wire it is big-endian; both
 	// ends see the same number.
 	Imm uint32
-	// InvalidateRKey is the peer's key that OpSendWithInv invalidates.
+	// InvalidateRKey is the peer's key that OpSendWithInv invalidates, our own of OpLocalInv and OpReadWithInv.
 	InvalidateRKey RKey
+
+	FastReg *FastReg // OpFastRegMR; copied at post
+	Bind    *MWBind  // OpBindMW; copied at post
 
 	// RemoteAddr and RKey are the target of WRITE, READ and atomics.
 	RemoteAddr uint64
@@ -162,6 +178,99 @@ type SendWR struct {
 	RemoteQPN  QPN
 	RemoteQKey uint32
 }
+
+// PageSize is the unit of page lists: 4 KiB, whatever the host's pages are.
+const PageSize = 4096
+
+// FastReg is what OpFastRegMR does to a region (ib_reg_wr of the kernel; rocev2 spec 6.5). The request
+// fails with WCLocQPOpErr if the region is not free when it executes, or belongs to another PD than the QP.
+type FastReg struct {
+	MR     MR       // of AllocFastRegMR
+	Key    RKey     // its new key: the current one with another variant (UpdateFastRegKey)
+	Pages  PageList // belongs to the request until that has completed or was flushed
+	IOVA   uint64   // address that remote and local requests give to the list's first byte
+	Access Access
+}
+
+// UpdateFastRegKey is key with the next variant: what the next registration of the same region, or binding of
+// the same window, may be given, so that who still has the old key is refused (ib_update_fast_reg_key).
+func UpdateFastRegKey(key RKey) RKey { return key&^0xff | (key+1)&0xff }
+
+// MWType is the kind of a memory window (rocev2 spec 6.3).
+type MWType uint8
+
+// Kinds of windows. A type 1 window works through every QP of its PD and is bound again at will, or unbound by a
+// bind of length 0. One of type 2 works through the QP that bound it alone, is bound while it is free, and
+// becomes free by invalidation, local or remote: 2A is checked against the QP, 2B against the QP and its PD.
+const (
+	MWType1 MWType = iota + 1
+	MWType2A
+	MWType2B
+)
+
+func (t MWType) String() string {
+	switch t {
+	case MWType1:
+		return "type 1"
+	case MWType2A:
+		return "type 2A"
+	case MWType2B:
+		return "type 2B"
+	}
+	return fmt.Sprintf("MWType(%d)", uint8(t))
+}
+
+// MWBind is what OpBindMW does to a window (rocev2 spec 6.5). The request fails with WCMWBindErr if the
+// rules of the type, of the region or of the range do not admit it when it executes.
+type MWBind struct {
+	MW     MW
+	Key    RKey // its new key: the current one with another variant
+	MR     MR   // registered with AccessMWBind; nil to unbind type 1
+	Addr   uint64
+	Length uint64
+	Access Access // remote rights, and AccessZeroBased
+}
+
+// DeviceCaps is a set of capabilities.
+type DeviceCaps uint32
+
+// Capabilities.
+const (
+	CapMemMgtExtensions DeviceCaps = 1 << iota // AllocFastRegMR, OpFastRegMR, OpLocalInv, OpSendWithInv
+	CapReadWithInv
+	CapMW1
+	CapMW2A
+	CapMW2B
+	CapOnDemandPaging // RegOnDemandMR, AdviseMR
+	CapAtomics        // 8-byte compare-and-swap and fetch-and-add, atomic towards this process too
+)
+
+// PagedMemory is memory whose pages come and go while it is registered. The provider touches it through
+// Alias only, a mapping of its own that no act of the application on the application's mapping can
+// take away or point elsewhere.
+type PagedMemory interface {
+	// Alias is the provider's mapping. Touching an absent page in it would bring in a zero page, so whoever
+	// does has populated it before.
+	Alias() []byte
+	// Populate brings in the pages of [off, off+n), for writing if write. It may wait for the disk.
+	// The error is the kernel's.
+	Populate(off, n int, write bool) error
+	// Watch calls fn for each range whose pages were, or are about to be, taken away, until stop has
+	// returned. When fn returns, nothing may touch the range without populating it again; fn may wait for
+	// accesses in flight. gone says that the range is no part of the memory any more: it is not to be
+	// populated again. One call at a time. Source: userfaultfd(2), UFFD_EVENT_REMOVE, _UNMAP, _REMAP.
+	Watch(fn func(off, n int, gone bool)) (stop func(), err error)
+}
+
+// Advice is what AdviseMR asks for (ibv_advise_mr).
+type Advice uint8
+
+// Advices. Prefetching populates pages before requests need them.
+const (
+	AdvisePrefetch        Advice = iota + 1 // for reading
+	AdvisePrefetchWrite                     // for writing
+	AdvisePrefetchNoFault                   // enter what is resident already, bring nothing in
+)
 
 // AH is an address vector: where packets of a UD send, or of an RC QP, go.
 type AH struct {
@@ -189,6 +298,9 @@ const (
 	WCFetchAdd
 	WCRecv
 	WCRecvWriteWithImm
+	WCFastRegMR
+	WCLocalInv
+	WCBindMW
 )
 
 // WCFlags say which fields of a WC are meaningful beyond the usual.
@@ -227,6 +339,7 @@ const (
 	WCLocQPOpErr     WCStatus = 2
 	WCLocProtErr     WCStatus = 4
 	WCFlushErr       WCStatus = 5
+	WCMWBindErr      WCStatus = 6
 	WCBadRespErr     WCStatus = 7
 	WCLocAccessErr   WCStatus = 8
 	WCRemInvReqErr   WCStatus = 9
@@ -241,7 +354,7 @@ const (
 
 var wcStatusNames = map[WCStatus]string{
 	WCSuccess: "success", WCLocLenErr: "local length error", WCLocQPOpErr: "local QP operation error",
-	WCLocProtErr: "local protection error", WCFlushErr: "work request flushed", WCBadRespErr: "bad response",
+	WCLocProtErr: "local protection error", WCFlushErr: "work request flushed", WCMWBindErr: "memory window bind error", WCBadRespErr: "bad response",
 	WCLocAccessErr: "local access error", WCRemInvReqErr: "remote invalid request", WCRemAccessErr: "remote access error",
 	WCRemOpErr: "remote operation error", WCRetryExcErr: "transport retries exceeded", WCRNRRetryExcErr: "RNR retries exceeded",
 	WCRemAbortErr: "remote aborted", WCFatalErr: "fatal error", WCGeneralErr: "general error",
@@ -264,21 +377,24 @@ func (wc *WC) Err() error {
 
 // DeviceAttr are a device's identity and limits.
 type DeviceAttr struct {
-	GUID         uint64 // node GUID; softroce: random per device, so that a restart is a new CA
-	MaxQP        int
-	MaxQPWR      int // per queue
-	MaxSGE       int
-	MaxCQ        int
-	MaxCQE       int
-	MaxSRQ       int
-	MaxSRQWR     int
-	MaxMR        int
-	MaxMRBytes   uint64
-	MaxRDAtomic  int // outstanding READs and atomics per QP, each direction
-	MaxMsgBytes  uint32
-	ActiveMTU    MTU // largest path MTU of the port
-	RecvWindow   int // bytes one peer may have in flight towards this device; 0: no own flow limit
-	PreferredMsg int // SEND size in bytes that the device moves most cheaply (softroce: a GSO train); 0: no preference
+	GUID                  uint64 // node GUID; softroce: random per device, so that a restart is a new CA
+	MaxQP                 int
+	MaxQPWR               int // per queue
+	MaxSGE                int
+	MaxCQ                 int
+	MaxCQE                int
+	MaxSRQ                int
+	MaxSRQWR              int
+	MaxMR                 int
+	MaxMRBytes            uint64
+	Caps                  DeviceCaps
+	MaxMW                 int
+	MaxFastRegPageListLen int // pages of one fast registration; 0: there is none
+	MaxRDAtomic           int // outstanding READs and atomics per QP, each direction
+	MaxMsgBytes           uint32
+	ActiveMTU             MTU // largest path MTU of the port
+	RecvWindow            int // bytes one peer may have in flight towards this device; 0: no own flow limit
+	PreferredMsg          int // SEND size in bytes that the device moves most cheaply (softroce: a GSO train); 0: no preference
 }
 
 // QPAttr are the attributes of Modify. Which are read, and which must be given, is in the table of
@@ -349,10 +465,13 @@ const (
 	EventCQErr
 	EventSRQLimitReached
 	EventDeviceFatal
+	// EventDeviceRemoved: the device was unplugged, or its interface is gone or down. Its QPs go to ERR and
+	// flush; what is left to do with it is to destroy its objects and close it.
+	EventDeviceRemoved
 )
 
 func (t EventType) String() string {
-	names := [...]string{1: "COMM_EST", "SQ_DRAINED", "QP_FATAL", "QP_REQ_ERR", "QP_ACCESS_ERR", "QP_LAST_WQE_REACHED", "CQ_ERR", "SRQ_LIMIT_REACHED", "DEVICE_FATAL"}
+	names := [...]string{1: "COMM_EST", "SQ_DRAINED", "QP_FATAL", "QP_REQ_ERR", "QP_ACCESS_ERR", "QP_LAST_WQE_REACHED", "CQ_ERR", "SRQ_LIMIT_REACHED", "DEVICE_FATAL", "DEVICE_REMOVED"}
 	if t > 0 && int(t) < len(names) {
 		return names[t]
 	}

@@ -15,6 +15,20 @@ type Provider interface {
 	OpenDevice(addr netip.Addr) (Device, error)
 }
 
+// DeviceWatcher is implemented by providers whose devices come and go.
+type DeviceWatcher interface {
+	// WatchDevices calls fn, one call at a time, on a goroutine of the provider: for an address that can be opened
+	// from now on, and for one that cannot any more. stop ends it; no call runs once stop has returned.
+	// An open device that goes away also raises EventDeviceRemoved.
+	WatchDevices(fn func(DeviceEvent)) (stop func(), err error)
+}
+
+// DeviceEvent says that the device of an address came or went.
+type DeviceEvent struct {
+	Addr    netip.Addr
+	Present bool
+}
+
 // Device is an opened RDMA device with one port.
 type Device interface {
 	Name() string
@@ -100,23 +114,64 @@ type PD interface {
 	// addresses are iova plus an offset. mem is memory outside the Go heap, or pinned by the caller
 	// until Deregister has returned nil.
 	RegMR(mem []byte, iova uint64, access Access) (MR, error)
+	// RegOnDemandMR registers mem without pinning any of it (AccessOnDemand is implied): a page is brought in when
+	// a request needs it, and given up when mem says so. Access to what is gone is refused as if out
+	// of the region. ErrNotSupported without CapOnDemandPaging; other errors as RegMR.
+	RegOnDemandMR(mem PagedMemory, iova uint64, access Access) (MR, error)
+	// AdviseMR acts on on-demand regions that sgs name (ibv_advise_mr(3)). Others are ErrInvalid. May wait.
+	AdviseMR(a Advice, sgs []SGE) error
+
+	// AllocFastRegMR makes a region for up to maxPages pages that is free: OpFastRegMR makes it valid, OpLocalInv or a
+	// peer's SEND with invalidate free again. Its keys are those of the last registration executed.
+	// ErrNotSupported without CapMemMgtExtensions.
+	AllocFastRegMR(maxPages int) (MR, error)
+	// AllocPageList makes a list for up to maxPages pages.
+	AllocPageList(maxPages int) (PageList, error)
+	// AllocMW makes a memory window. ErrNotSupported if the device has no such type.
+	AllocMW(t MWType) (MW, error)
+
 	CreateSRQ(SRQConfig) (SRQ, error)
 	CreateQP(QPConfig) (QP, error)
-	// Close is *BusyError while MRs, SRQs or QPs live.
+	// Close is *BusyError while MRs, windows, page lists, SRQs or QPs live.
 	Close() error
 }
 
 // MR is a memory region.
 type MR interface {
 	LKey() LKey
-	RKey() RKey // 0 when the region has no remote right
+	RKey() RKey // 0 when the region has no remote right; never 0 for one of AllocFastRegMR
 	Addr() uint64
 	Len() int
 	// Deregister makes the keys invalid at once, waits (bounded) until no operation of this device
 	// touches the memory, and gives it back. Never busy for traffic of a peer. After the bound:
 	// *BusyError naming what holds it; the keys are gone, the memory still belongs to those
-	// operations, and Deregister may be called again. nil when already done. May wait.
+	// operations, and Deregister may be called again. A region with windows bound is *BusyError naming them, and
+	// nothing is changed. nil when already done. May wait.
 	Deregister() error
+}
+
+// MW is a memory window: rights to a part of a region, given and taken by work requests.
+type MW interface {
+	Type() MWType
+	// RKey is the key of the last bind executed, of the free window before.
+	RKey() RKey
+	// Dealloc ends the window, bound or not. nil when already done. May wait.
+	Dealloc() error
+}
+
+// PageList is memory to be mapped by a fast registration: the provider's, one per registration outstanding.
+type PageList interface {
+	// Set makes the list name segs in order: memory outside the Go heap, or pinned by the caller until the
+	// registration made of it is invalidated. Only the first may begin, and only the last end, off a PageSize
+	// boundary of its address: ErrInvalid otherwise, and for more than Cap pages. ErrBusy, changing nothing, from the post of a
+	// request that names the list until that request has completed or was flushed.
+	Set(segs [][]byte) error
+	// Len is how many bytes the list names, Pages how many pages, Cap how many it can.
+	Len() int
+	Pages() int
+	Cap() int
+	// Close frees the list; ErrBusy as Set. nil when already done.
+	Close() error
 }
 
 // CQ is a completion queue.
