@@ -462,7 +462,7 @@ func (q *nullQP) send() (did bool) {
 func (q *nullQP) Num() verbs.QPN                       { return q.num }
 func (q *nullQP) Type() verbs.QPType                   { return verbs.RC }
 func (q *nullQP) Context() any                         { return q.cfg.Context }
-func (q *nullQP) PD() verbs.PD                         { return nullPD{q.d} }
+func (q *nullQP) PD() verbs.PD                         { return nullPD{d: q.d} }
 func (q *nullQP) PostRecv([]verbs.RecvWR) (int, error) { return 0, verbs.ErrInvalid }
 func (q *nullQP) Query() verbs.QPAttr                  { return verbs.QPAttr{} }
 
