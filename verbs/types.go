@@ -130,7 +130,7 @@ const (
 )
 
 func (o SendOpcode) String() string {
-	names := [...]string{1: "SEND", "SEND_WITH_IMM", "SEND_WITH_INV", "RDMA_WRITE", "RDMA_WRITE_WITH_IMM", "RDMA_READ", "ATOMIC_CMP_AND_SWP", "ATOMIC_FETCH_AND_ADD"}
+	names := [...]string{1: "SEND", "SEND_WITH_IMM", "SEND_WITH_INV", "RDMA_WRITE", "RDMA_WRITE_WITH_IMM", "RDMA_READ", "ATOMIC_CMP_AND_SWP", "ATOMIC_FETCH_AND_ADD", "RDMA_READ_WITH_INV", "FAST_REG_MR", "LOCAL_INV", "BIND_MW"}
 	if o > 0 && int(o) < len(names) {
 		return names[o]
 	}
