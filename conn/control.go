@@ -439,6 +439,7 @@ func (c *Conn) shutdown() {
 	// 1. The transmitter leaves and does not come back.
 	c.mu.Lock()
 	wasUp := c.ctl.wasUp
+	quiet := c.ctl.closing && wasUp && !c.open // a kernel, which nobody will answer any more
 	c.up = false
 	l := c.link
 	var idle chan struct{}
@@ -454,6 +455,9 @@ func (c *Conn) shutdown() {
 	}
 	// 2. Drain the QP and destroy it. After that the receive handler has nothing of ours any more.
 	if l != nil {
+		if quiet {
+			l.CloseQuietly()
+		}
 		if err := l.Close(m.cfg.DrainTimeout); err != nil {
 			m.log.Warn("drain", "conn", c, "err", err)
 		}

@@ -10,6 +10,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/openrds/openrds/conn/ib"
 	"github.com/openrds/openrds/internal/simnet"
 )
 
@@ -383,6 +384,7 @@ func TestKernelIsRemembered(t *testing.T) {
 		first := kind()
 		b.m.Close(context.Background())
 		b.close(0)
+		c.failLink(ib.ErrPeerClosed) // what a kernel that ends would have told us
 		b = newHost(t, net, addrB, func(o *hostOptions) { o.cfg.Dialect = DialectKernelOnly })
 		eventually(t, "down", 20*time.Second, func() bool { return c.State() == Down })
 		c.Send(&o, 1, 2, []byte("y"))
@@ -391,7 +393,9 @@ func TestKernelIsRemembered(t *testing.T) {
 			t.Errorf("announced %d, then %d bytes", first, second)
 		}
 		// It comes back as one of us: small SENDs at first, but our dialect.
+		eventually(t, "acknowledged", time.Second, func() bool { n, _ := o.get(); return n == 2 })
 		b.close(0)
+		c.failLink(ib.ErrPeerClosed)
 		b = newHost(t, net, addrB)
 		eventually(t, "down", 20*time.Second, func() bool { return c.State() == Down })
 		ab := &stream{port: 4001, rng: rand.New(rand.NewPCG(1, 1))}

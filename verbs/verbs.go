@@ -108,6 +108,14 @@ type Endpoint interface {
 	Disconnect() error
 }
 
+// Abandoner is implemented by endpoints that can end without a word to the peer, as the death of a process
+// does. Abandon is otherwise like Disconnect; the peer finds out when it sends or when its address is
+// connected from anew. It is for peers that do worse with a DREQ than without. An endpoint that
+// was disconnected before has told its peer already.
+type Abandoner interface {
+	Abandon() error
+}
+
 // PD is a protection domain.
 type PD interface {
 	// RegMR registers mem for access. The region's address (its IOVA) is iova: SGEs and remote

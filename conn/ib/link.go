@@ -87,6 +87,7 @@ type Link struct {
 	closed  atomic.Bool // drained or being drained: nothing goes up any more
 	broken  atomic.Bool
 	drained chan struct{} // closed when the marker was polled
+	quiet   bool          // Close does not tell the peer
 
 	// The ring: SEND number i is in slot i mod Ring. The transmitter moves head, the send handler tail. The
 	// slots between belong to the QP.
@@ -200,6 +201,9 @@ func (l *Link) Done() <-chan struct{} {
 
 // QPN is the number of the local QP.
 func (l *Link) QPN() verbs.QPN { return l.qp.Num() }
+
+// Limits are the sizes of the QP's send queue and gather lists, and how many receives its shared queue keeps posted.
+func (l *Link) Limits() (sendWR, sendSGE, recvWR int) { return l.qp.Limits() }
 
 // Device is the device the link is on.
 func (l *Link) Device() *ibdev.Device { return l.qp.Device() }
@@ -386,6 +390,11 @@ func (l *Link) fail(err error) {
 // Broken reports whether the link has failed or was closed.
 func (l *Link) Broken() bool { return l.broken.Load() }
 
+// CloseQuietly has Close not tell the peer, if the provider can do that. A kernel that is told connects again at once;
+// if nobody answers it, it is deaf to its peer's next process for 6 s (docs/compatibility.md). One that is not told
+// takes that process's REQ for what it is. Before Close, by who calls it.
+func (l *Link) CloseQuietly() { l.quiet = true }
+
 // Close drains the link and destroys its QP. Once it has returned, nothing of it comes up, no memory
 // it was given is touched, and every chunk has been put. The transmitter has left and does not come back. It waits for
 // completions, at most timeout: a provider flushes a QP in ERR at once. Not in a handler; once.
@@ -396,7 +405,11 @@ func (l *Link) Close(timeout time.Duration) error {
 	// 2. QP to ERR, and tell the peer. A QP that never left RESET stays there: it was never given anything.
 	var errs []error
 	if l.ep != nil {
-		errs = append(errs, l.ep.Disconnect())
+		end := l.ep.Disconnect
+		if a, ok := l.ep.(verbs.Abandoner); ok && l.quiet {
+			end = a.Abandon
+		}
+		errs = append(errs, end())
 	}
 	var state *verbs.StateError
 	err := l.qp.Modify(verbs.QPAttr{State: verbs.StateErr}, verbs.QPStateBit)

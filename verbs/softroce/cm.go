@@ -38,6 +38,8 @@ const (
 	cmMaxRetries     = 15   // of REQ and DREQ; on the wire, for the peer's REP
 	cmFirstInterval  = 250 * time.Millisecond
 	cmMaxInterval    = 6 * time.Second
+	cmFirstRTURepeat = 50 * time.Millisecond // then doubling: the last after 1.55 s, before a kernel repeats its REP
+	cmMaxRTURepeats  = 5
 	cmResponseCode   = 20                // CM response timeouts of our REQ: 4.3 s
 	cmMRACode        = 20                // service timeout of our MRA: we promise to answer, or MRA again, in 4.3 s
 	cmMaxMRA         = 140 * time.Second // Linux asks for 68.7 s (code 24) and the ACK timeout

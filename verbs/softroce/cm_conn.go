@@ -58,7 +58,8 @@ type cmConn struct {
 
 	// Guarded by m.q.mu.
 	notes      cmNotes
-	disconnect bool // Disconnect was called
+	disconnect bool // Disconnect or Abandon was called
+	quiet      bool // the peer is not told of the end
 
 	// Everything below is guarded by m.mu. qp and qpn do not change after REQ or REP was sent.
 	state    cmState
@@ -82,6 +83,7 @@ type cmConn struct {
 	timer    *time.Timer
 	timerGen uint64
 
+	heard    bool  // the peer has sent a request on our QP: established for it, too
 	err      error // why there is no connection
 	woken    bool  // answer is closed
 	wasEstab bool
@@ -114,6 +116,21 @@ func (c *cmConn) Local() netip.AddrPort { return c.local }
 
 // Remote implements verbs.Endpoint.
 func (c *cmConn) Remote() netip.AddrPort { return c.remote }
+
+// Abandon implements verbs.Abandoner.
+func (c *cmConn) Abandon() error {
+	q := &c.m.q
+	q.mu.Lock()
+	c.quiet = c.quiet || !c.disconnect
+	q.mu.Unlock()
+	return c.Disconnect()
+}
+
+func (c *cmConn) isQuiet() bool {
+	c.m.q.mu.Lock()
+	defer c.m.q.mu.Unlock()
+	return c.quiet
+}
 
 // Done implements verbs.Endpoint.
 func (c *cmConn) Done() <-chan struct{} { return c.done }
@@ -166,6 +183,14 @@ func (m *connManager) expiredLocked(c *cmConn) {
 		c.state = cmRepSent
 	case cmTimewait:
 		m.goneLocked(c)
+		return
+	case cmEstab:
+		m.stats.add(cmRTURepeats)
+		m.sendLocked(c.remote.Addr(), &c.out)
+		if c.tries++; c.tries < cmMaxRTURepeats {
+			c.interval *= 2
+			m.armLocked(c, c.interval)
+		}
 		return
 	}
 	if c.tries < c.maxTries {
@@ -235,12 +260,21 @@ func (c *cmConn) failLocked(err error) {
 }
 
 // enterEstablishedLocked: from REP_RCVD with the RTU, from REP_SENT by RTU or data.
+//
+// The RTU is not acknowledged, and a kernel whose application waits for it repeats its REP after 4.1 s only, taking
+// nothing else for it. So an active side that hears nothing repeats it a few times; whoever has it ignores the
+// next. An ACK is no sign that it has arrived, a request is: the passive side's QP answers before its application
+// may know.
 func (m *connManager) enterEstablishedLocked(c *cmConn) {
 	m.disarmLocked(c)
 	c.state, c.wasEstab = cmEstab, true
 	m.stats.add(cmEstablished)
 	m.dropSlotLocked(c)
 	c.wakeLocked()
+	if c.active && !c.heard {
+		c.tries, c.interval = 0, cmFirstRTURepeat
+		m.armLocked(c, c.interval)
+	}
 }
 
 // endLocked is the end of an established connection for its user: QP to ERR, Done closed.
@@ -313,12 +347,18 @@ func (m *connManager) dropSlotLocked(c *cmConn) {
 }
 
 // abandonLocked gives c up from our side, for err, and tells the peer what its state calls for: in a
-// handshake a REJ (rocev2 spec 7.10; which, is what Linux does when an ID in that state is destroyed), else a DREQ.
+// handshake a REJ (rocev2 spec 7.10; which, is what Linux does when an ID in that state is destroyed), else a DREQ,
+// unless the user wants none.
 func (m *connManager) abandonLocked(c *cmConn, err error) {
 	switch c.state {
 	case cmIdle, cmDreqSent, cmTimewait:
 		return
 	case cmEstab:
+		if c.isQuiet() {
+			m.endLocked(c)
+			m.lingerLocked(c, c.timewait)
+			return
+		}
 		m.enterDreqSentLocked(c)
 		return
 	case cmReqSent, cmMRAReqRcvd:
@@ -342,6 +382,12 @@ func (m *connManager) abandonLocked(c *cmConn, err error) {
 
 // noteLocked handles what the engine or a user left for c.
 func (m *connManager) noteLocked(c *cmConn, n cmNotes) {
+	if n&noteCommEst != 0 && c.active && !c.heard {
+		c.heard = true
+		if c.state == cmEstab {
+			m.disarmLocked(c)
+		}
+	}
 	if n&noteCommEst != 0 && (c.state == cmRepSent || c.state == cmMRARepRcvd) {
 		m.stats.add(cmCommEst)
 		m.enterEstablishedLocked(c)

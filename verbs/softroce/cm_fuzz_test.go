@@ -211,7 +211,8 @@ func wantBounded(t *testing.T, h *cmTestHost) {
 		if c.held {
 			held++
 		}
-		waits := c.state != cmEstab && c.state != cmRepRcvd && !c.unanswered()
+		waits := c.state != cmEstab && c.state != cmRepRcvd && !c.unanswered() ||
+			c.state == cmEstab && c.active && !c.heard && c.tries < cmMaxRTURepeats
 		if waits != (c.timer != nil) {
 			t.Errorf("connection in %v, with a timer: %v", c.state, c.timer != nil)
 		}

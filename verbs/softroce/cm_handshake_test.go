@@ -744,3 +744,60 @@ func TestCMClose(t *testing.T) {
 		})
 	})
 }
+
+// TestCMAbandon ends a connection without a word to the peer.
+func TestCMAbandon(t *testing.T) {
+	for _, closing := range []string{"", "device", "QP"} {
+		t.Run("then "+closing, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				n, a, b := twoHosts(t)
+				d, o := connected(t, a, b)
+				a.cm.commEstablished(d.qp.n)
+				n.trace()
+				for range 2 {
+					if err := d.ep.(verbs.Abandoner).Abandon(); err != nil {
+						t.Error(err)
+					}
+				}
+				switch closing { // at the same instant: the worker has not looked yet
+				case "device":
+					a.cm.close()
+				case "QP":
+					a.cm.qpClosed(d.qp.n)
+				}
+				d.qp.wantState(t, "abandoned", verbs.StateErr)
+				time.Sleep(time.Minute)
+				n.wantTrace("nothing is said", "")
+				if !isDone(d.ep) || isDone(o.ep) {
+					t.Errorf("done here: %v, there: %v", isDone(d.ep), isDone(o.ep))
+				}
+				if closing != "device" {
+					o.ep.Disconnect()
+					synctest.Wait()
+					time.Sleep(time.Second)
+					n.wantTrace("the peer ends it, too", "B DREQ, A DREP")
+					d.ep.Disconnect()
+				}
+				settle()
+				a.wantEmpty()
+				a.cm.close()
+				b.cm.close()
+			})
+		})
+	}
+	t.Run("after Disconnect", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			n, a, b := twoHosts(t)
+			d, _ := connected(t, a, b)
+			n.trace()
+			d.ep.Disconnect()
+			d.ep.(verbs.Abandoner).Abandon()
+			n.wantTrace("the peer is told", "A DREQ")
+			settle()
+			a.wantEmpty()
+			b.wantEmpty()
+			a.cm.close()
+			b.cm.close()
+		})
+	})
+}

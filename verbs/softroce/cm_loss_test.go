@@ -64,9 +64,82 @@ func TestCMLost(t *testing.T) {
 			n, a, b := twoHosts(t)
 			n.lose(a, cmwire.AttrRTU, 2)
 			ac := b.accept(cmPassiveParam, nil)
-			if d := a.dial(context.Background(), b, cmActiveParam).wait(); d.err != nil {
+			d := a.dial(context.Background(), b, cmActiveParam).wait()
+			if d.err != nil {
 				t.Fatal(d.err)
 			}
+			start := time.Now()
+			if o := <-ac.got; o.err != nil {
+				t.Fatal(o.err)
+			}
+			if d := time.Since(start); d > 160*time.Millisecond {
+				t.Errorf("established after %v", d)
+			}
+			n.wantTrace("two RTUs lost", "A REQ, B REP, A RTU, A RTU, A RTU")
+			a.cm.commEstablished(d.qp.n)
+			time.Sleep(time.Minute)
+			n.wantTrace("the peer has sent a request", "")
+			if a.stat(cmRTURepeats) != 2 || b.stat(cmUnmatched) != 0 {
+				t.Errorf("%d RTUs repeated, %d not understood", a.stat(cmRTURepeats), b.stat(cmUnmatched))
+			}
+			a.cm.close()
+			ac.l.Close()
+			b.cm.close()
+		})
+	})
+	t.Run("every RTU", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			n, a, b := twoHosts(t)
+			n.fate = func(s *cmSent) []time.Duration {
+				if s.attr == cmwire.AttrRTU || s.attr == cmwire.AttrREP && s.nth > 1 {
+					return nil
+				}
+				return cmOnce
+			}
+			b.accept(cmPassiveParam, nil)
+			d := a.dial(context.Background(), b, cmActiveParam).wait()
+			time.Sleep(10 * time.Second)
+			// Bounded, ever slower, and always the same message.
+			sent := n.sentBy(a, cmwire.AttrRTU)
+			var at []time.Duration
+			for _, s := range sent {
+				at = append(at, (s.at-sent[0].at)/time.Millisecond)
+				if s.mad != sent[0].mad {
+					t.Error("a repeated RTU differs")
+				}
+			}
+			if want := []time.Duration{0, 50, 150, 350, 750, 1550}; !slices.Equal(at, want) || a.stat(cmRTURepeats) != 5 {
+				t.Errorf("RTUs at %v, want %v ms; %d repetitions counted", at, want, a.stat(cmRTURepeats))
+			}
+			a.wantState("nothing of the peer's has come", cmEstab)
+			n.lose(a, cmwire.AttrRTU, 0)
+			d.ep.Disconnect()
+			settle()
+			a.wantEmpty()
+			b.wantEmpty()
+			a.cm.close()
+			b.cm.close()
+		})
+	})
+	t.Run("RTU, then disconnected", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			n, a, b := twoHosts(t)
+			d, _ := connected(t, a, b)
+			time.Sleep(60 * time.Millisecond)
+			d.ep.Disconnect()
+			settle()
+			n.wantTrace("no RTU behind DREQ", "A REQ, B REP, A RTU, A RTU, A DREQ, B DREP")
+			a.cm.close()
+			b.cm.close()
+		})
+	})
+	t.Run("RTU, repeated REP", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			n, a, b := twoHosts(t)
+			n.lose(a, cmwire.AttrRTU, 2)
+			ac := b.accept(cmPassiveParam, nil)
+			d := a.dial(context.Background(), b, cmActiveParam).wait()
+			a.cm.commEstablished(d.qp.n) // no repetition of its own any more
 			if o := <-ac.got; o.err != nil {
 				t.Fatal(o.err)
 			}
@@ -89,7 +162,7 @@ func TestCMLost(t *testing.T) {
 				t.Fatal(d.err)
 			}
 			b.wantState("RTU lost", cmRepSent)
-			a.cm.commEstablished(d.qp.n) // means nothing on the active side
+			a.cm.commEstablished(d.qp.n)
 			b.cm.commEstablished(b.only().qpn)
 			b.cm.commEstablished(0xBADBAD)
 			if o := <-ac.got; o.err != nil {
@@ -365,8 +438,10 @@ func TestCMCancel(t *testing.T) {
 			n, a, b := twoHosts(t)
 			n.fate = func(s *cmSent) []time.Duration {
 				switch {
-				case s.attr == cmwire.AttrRTU:
+				case s.attr == cmwire.AttrRTU && s.nth == 1:
 					return []time.Duration{time.Second}
+				case s.attr == cmwire.AttrRTU:
+					return nil
 				case s.attr == cmwire.AttrREJ && s.nth == 1:
 					return nil
 				}
@@ -389,7 +464,7 @@ func TestCMCancel(t *testing.T) {
 				t.Error("the REJ was lost, but the active side knows")
 			}
 			<-d.ep.Done() // told again when its RTU came late
-			n.wantTrace("accept cancelled", "A REQ, B REP, A RTU, B REJ, B REJ")
+			n.wantTrace("accept cancelled", "A REQ, B REP, A RTU, A RTU, B REJ, A RTU, A RTU, A RTU, B REJ")
 			settle()
 			a.wantEmpty()
 			b.wantEmpty()

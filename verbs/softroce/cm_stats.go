@@ -32,6 +32,7 @@ const (
 	cmMRASent                        //
 	cmMRAReceived                    //
 	cmRetransmits                    //
+	cmRTURepeats                     // RTU sent again to a peer that is silent
 	cmTimeouts                       // retransmissions exhausted
 	cmCommEst                        // first data instead of a lost RTU
 	cmEstablished                    //
@@ -45,7 +46,7 @@ var cmCounterNames = [nCMCounters]string{
 	"cm_reqs", "cm_duplicate_req", "cm_duplicate_rep", "cm_duplicate_dreq",
 	"cm_req_bad_mtu", "cm_req_bad_path", "cm_req_no_listener", "cm_req_over_source", "cm_req_over_total",
 	"cm_stale", "cm_rej_sent", "cm_rej_received", "cm_mra_sent", "cm_mra_received",
-	"cm_retransmits", "cm_timeouts", "cm_comm_est", "cm_established", "cm_disconnected",
+	"cm_retransmits", "cm_rtu_repeats", "cm_timeouts", "cm_comm_est", "cm_established", "cm_disconnected",
 }
 
 // cmCounters of a device: added to by anyone, read by anyone.
