@@ -47,6 +47,15 @@ type Device struct {
 	sendCQs []*cq
 	nKind   [2]int // QPs per shared receive queue
 
+	holders holders
+	removed chan struct{} // closed when the device was removed: see Registry.remove
+	free    chan struct{} // closed when the address can be opened again: the hardware is gone, or the teardown has ended
+	freed   bool          // free is closed; guarded by reg.mu
+	listed  bool          // in the Registry's table, which holds a reference; guarded by reg.mu
+
+	hooksMu sync.Mutex
+	hooks   map[*func()]struct{} // nil: they have been called
+
 	down chan struct{} // closed when the teardown has ended
 	err  error         // of the teardown; read after down
 }
@@ -63,7 +72,8 @@ type deviceStats struct {
 
 // openDevice sets up vdev. On error everything is closed again, vdev included.
 func openDevice(r *Registry, addr netip.Addr, vdev verbs.Device) (_ *Device, err error) {
-	d := &Device{reg: r, addr: addr, dev: vdev, attr: vdev.Attr(), qps: make(map[verbs.QPN]*QP), down: make(chan struct{})}
+	d := &Device{reg: r, addr: addr, dev: vdev, attr: vdev.Attr(), qps: make(map[verbs.QPN]*QP), hooks: make(map[*func()]struct{}),
+		removed: make(chan struct{}), free: make(chan struct{}), down: make(chan struct{})}
 	d.prog, _ = vdev.(verbs.Progresser)
 	d.refs.Init(func() { go d.teardown() })
 	defer func() {
@@ -86,13 +96,6 @@ func openDevice(r *Registry, addr netip.Addr, vdev verbs.Device) (_ *Device, err
 	vdev.SetAsyncHandler(d.event)
 	return d, nil
 }
-
-// Get takes a further reference; the caller holds one.
-func (d *Device) Get() { d.refs.Get() }
-
-// Put gives a reference back. The last one schedules the teardown on a goroutine of its own, so
-// it may come from a handler.
-func (d *Device) Put() { d.refs.Put() }
 
 // Verbs is the device itself, for connection management.
 func (d *Device) Verbs() verbs.Device { return d.dev }
@@ -135,12 +138,10 @@ func (d *Device) event(e verbs.AsyncEvent) {
 		case d.large.srq:
 			d.large.grow()
 		}
-	case e.Type == verbs.EventDeviceFatal:
-		d.reg.logger.Error("device failed", "device", d.dev.Name(), "addr", d.addr)
-		d.reg.remove(d)
-		for _, qp := range d.allQPs() {
-			qp.handler.QPEvent(e.Type)
-		}
+	case e.Type == verbs.EventDeviceFatal, e.Type == verbs.EventDeviceRemoved:
+		d.reg.logger.Warn("device lost", "device", d.dev.Name(), "addr", d.addr, "event", e.Type)
+		// What has failed holds its address until it has been closed; what is gone does not.
+		d.reg.remove(d, e.Type, e.Type == verbs.EventDeviceRemoved)
 	case e.QP != nil:
 		if qp := d.findQP(e.QP.Num()); qp != nil && qp.QP == e.QP {
 			qp.handler.QPEvent(e.Type)
@@ -166,6 +167,24 @@ func (d *Device) teardown() {
 	}
 	close(d.down)
 	d.reg.forget(d)
+}
+
+// gone tells the users of a device that was removed, once. Whoever asks (Gone) has been told already, so a QP that is
+// being made is among those below or finds out by itself.
+func (d *Device) gone(why verbs.EventType) {
+	// 1. Regions become tombstones, listeners know that they are of no use. First, so that a connection that fails in
+	// step 2 finds that it has no device.
+	d.hooksMu.Lock()
+	hooks := d.hooks
+	d.hooks = nil
+	d.hooksMu.Unlock()
+	for f := range hooks {
+		(*f)()
+	}
+	// 2. The connections fail over to "no device".
+	for _, qp := range d.allQPs() {
+		qp.handler.QPEvent(why)
+	}
 }
 
 // release frees what openDevice made, in order, and tolerates that it got only part of the way.

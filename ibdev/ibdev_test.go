@@ -254,7 +254,7 @@ func TestCloseNamesHolders(t *testing.T) {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 		err := r.reg.Close(ctx)
 		cancel()
-		if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "10.0.0.1: 1 references") {
+		if !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, verbs.ErrBusy) || !strings.Contains(err.Error(), "device softroce-10.0.0.1 is held by ") {
 			t.Errorf("got %v", err)
 		}
 		d.Put()
@@ -268,7 +268,7 @@ func TestReopen(t *testing.T) {
 		r := newRig(t)
 		for range 20 {
 			d := r.open(addrA)
-			r.reg.remove(d)
+			r.reg.remove(d, verbs.EventDeviceRemoved, false)
 			d.Put()
 		}
 		if r.prov.opened != 20 {

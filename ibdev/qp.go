@@ -1,6 +1,7 @@
 package ibdev
 
 import (
+	"errors"
 	"fmt"
 
 	"github.com/openrds/openrds/verbs"
@@ -75,7 +76,7 @@ func (d *Device) CreateQP(cfg QPConfig, h QPHandler) (_ *QP, err error) {
 		return nil, err
 	}
 	qp.num = qp.Num()
-	d.refs.Get()
+	d.GetNamed(holderQP)
 	d.mu.Lock()
 	d.nKind[cfg.Recv]++
 	n := d.nKind[cfg.Recv]
@@ -88,7 +89,20 @@ func (d *Device) CreateQP(cfg QPConfig, h QPHandler) (_ *QP, err error) {
 	d.qpsMu.Lock()
 	d.qps[qp.num] = qp
 	d.qpsMu.Unlock()
+	if d.Gone() {
+		// The removal may have looked at the QPs before this one was among them.
+		return nil, errors.Join(fmt.Errorf("create QP: %w", ErrDeviceGone), qp.Close())
+	}
 	return qp, nil
+}
+
+// Limits are the sizes of the send queue and of its gather lists, and how many receives the shared queue keeps posted.
+func (qp *QP) Limits() (sendWR, sendSGE, recvWR int) {
+	pool := qp.dev.large
+	if qp.cfg.Recv == Small {
+		pool = qp.dev.small
+	}
+	return qp.cfg.MaxSendWR, qp.cfg.MaxSendSGE, pool.snapshot().Target
 }
 
 // Device is the QP's device.
@@ -120,7 +134,7 @@ func (qp *QP) Close() error {
 	d.mu.Lock()
 	d.nKind[qp.cfg.Recv]--
 	d.mu.Unlock()
-	d.refs.Put()
+	d.PutNamed(holderQP)
 	return nil
 }
 

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/hashicorp/go-hclog"
 	"go.uber.org/atomic"
@@ -64,8 +65,13 @@ type Registry struct {
 
 	mu      sync.Mutex // writers of table, and:
 	opening map[netip.Addr]*opening
-	live    map[*Device]struct{} // not yet torn down, in the table or not
+	live    map[*Device]struct{}         // not yet torn down, in the table or not
+	absent  map[netip.Addr]chan struct{} // closed when a device may have appeared: see Await
 	closed  bool
+
+	watch     sync.Once
+	unwatched bool     // a provider does not tell when its devices come; written in watch
+	stops     []func() // end the watching; guarded by mu
 }
 
 // table is immutable.
@@ -87,7 +93,7 @@ func NewRegistry(cfg Config) *Registry {
 	if cfg.Logger == nil {
 		cfg.Logger = hclog.NewNullLogger()
 	}
-	r := &Registry{cfg: cfg, logger: cfg.Logger, opening: make(map[netip.Addr]*opening), live: make(map[*Device]struct{})}
+	r := &Registry{cfg: cfg, logger: cfg.Logger, opening: make(map[netip.Addr]*opening), live: make(map[*Device]struct{}), absent: make(map[netip.Addr]chan struct{})}
 	r.table.Store(&table{})
 	return r
 }
@@ -109,6 +115,8 @@ func (r *Registry) Lookup(p *epoch.Participant, addr netip.Addr) *Device {
 // ErrClosed, or ctx's. May wait.
 func (r *Registry) Open(ctx context.Context, addr netip.Addr) (*Device, error) {
 	addr = addr.Unmap()
+	// Before the first look at an address, so that none comes unnoticed after it.
+	r.watch.Do(r.startWatching)
 	for {
 		r.mu.Lock()
 		if r.closed {
@@ -123,7 +131,7 @@ func (r *Registry) Open(ctx context.Context, addr netip.Addr) (*Device, error) {
 		if o := r.opening[addr]; o != nil {
 			wait = o.done
 		} else if d := r.dyingLocked(addr); d != nil {
-			wait = d.down // its address is not free yet
+			wait = d.free
 		}
 		if wait == nil {
 			o := &opening{done: make(chan struct{})}
@@ -138,8 +146,15 @@ func (r *Registry) Open(ctx context.Context, addr netip.Addr) (*Device, error) {
 				d.Put()
 				return nil, ErrClosed
 			}
+			if err == nil && d.Gone() {
+				// It went while it was being opened: somebody else may have the address by now.
+				r.mu.Unlock()
+				d.Put()
+				continue
+			}
 			if err == nil {
-				d.refs.Get()
+				d.GetNamed(holderRegistry)
+				d.listed = true
 				r.publishLocked(addr, d)
 			}
 			r.mu.Unlock()
@@ -154,9 +169,105 @@ func (r *Registry) Open(ctx context.Context, addr netip.Addr) (*Device, error) {
 	}
 }
 
+// retryAfter is how long Await leaves an address that has a device which cannot be opened, or whose provider does not
+// tell of devices that appear.
+const retryAfter = time.Second
+
+// Await is Open that waits, for an address without a device, until one appears: the provider says so
+// (verbs.DeviceWatcher), or is asked once a second if it does not. The error is ErrClosed or ctx's. May wait.
+func (r *Registry) Await(ctx context.Context, addr netip.Addr) (*Device, error) {
+	addr = addr.Unmap()
+	for {
+		appeared := r.appears(addr)
+		d, err := r.Open(ctx, addr)
+		switch {
+		case err == nil:
+			return d, nil
+		case ctx.Err() != nil:
+			return nil, ctx.Err()
+		case r.isClosed():
+			return nil, ErrClosed
+		}
+		var retry <-chan time.Time
+		if !errors.Is(err, ErrNoDevice) || r.unwatched {
+			retry = time.After(retryAfter)
+		}
+		select {
+		case <-appeared:
+		case <-retry:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+}
+
+// appears returns a channel that is closed when a device for addr may have appeared after the call, or the registry was
+// closed.
+func (r *Registry) appears(addr netip.Addr) <-chan struct{} {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	ch := r.absent[addr]
+	if ch == nil {
+		ch = make(chan struct{})
+		r.absent[addr] = ch
+	}
+	return ch
+}
+
+func (r *Registry) appearedLocked(addr netip.Addr) {
+	if ch := r.absent[addr]; ch != nil {
+		delete(r.absent, addr)
+		close(ch)
+	}
+}
+
+func (r *Registry) isClosed() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.closed
+}
+
+// startWatching asks the providers to tell of devices that come.
+func (r *Registry) startWatching() {
+	for _, p := range r.cfg.Providers {
+		w, ok := p.(verbs.DeviceWatcher)
+		if !ok {
+			r.unwatched = true
+			continue
+		}
+		stop, err := w.WatchDevices(r.deviceEvent)
+		if err != nil {
+			r.logger.Warn("devices that come and go are not told of", "provider", p.Name(), "err", err)
+			r.unwatched = true
+			continue
+		}
+		r.mu.Lock()
+		closed := r.closed
+		if !closed {
+			r.stops = append(r.stops, stop)
+		}
+		r.mu.Unlock()
+		if closed {
+			stop()
+		}
+	}
+}
+
+// deviceEvent is told of addresses. That one has gone says nothing new: the device of it raises an event of
+// its own, which cannot be taken for that of its successor.
+func (r *Registry) deviceEvent(e verbs.DeviceEvent) {
+	r.logger.Debug("address", "addr", e.Addr, "present", e.Present)
+	if e.Present {
+		r.mu.Lock()
+		r.appearedLocked(e.Addr.Unmap())
+		r.mu.Unlock()
+	}
+}
+
+// dyingLocked is a device that still holds addr, although the table does not have it any more.
 func (r *Registry) dyingLocked(addr netip.Addr) *Device {
 	for d := range r.live {
-		if d.addr == addr {
+		if d.addr == addr && !d.freed {
 			return d
 		}
 	}
@@ -201,23 +312,47 @@ func (r *Registry) publishLocked(addr netip.Addr, d *Device) {
 	r.table.Store(tab)
 }
 
-// remove takes d out of the table and drops the registry's reference once nobody can be on the way
-// from the table to a TryGet.
-func (r *Registry) remove(d *Device) {
+// remove takes d out of the table, tells its users (Device.gone), and drops the registry's reference once nobody can be on
+// the way from the table to a TryGet. What comes after the first call for a device is only that free, the hardware's
+// being gone already, is taken note of. It does not wait.
+func (r *Registry) remove(d *Device, why verbs.EventType, free bool) {
 	r.mu.Lock()
-	in := r.table.Load().byAddr[d.addr] == d
-	if in {
-		r.publishLocked(d.addr, nil)
+	if free {
+		r.freeLocked(d)
+	}
+	first := !d.Gone()
+	listed := d.listed
+	if first {
+		d.listed = false
+		if listed {
+			r.publishLocked(d.addr, nil)
+		}
+		close(d.removed)
 	}
 	r.mu.Unlock()
-	if in {
-		r.cfg.Epoch.Retire(d.Put)
+	if !first {
+		return
+	}
+	d.gone(why)
+	if listed {
+		r.cfg.Epoch.Retire(func() { d.PutNamed(holderRegistry) })
 	}
 }
 
+// freeLocked: the address of d can be opened again.
+func (r *Registry) freeLocked(d *Device) {
+	if !d.freed {
+		d.freed = true
+		close(d.free)
+		r.appearedLocked(d.addr)
+	}
+}
+
+// forget is the end of a teardown.
 func (r *Registry) forget(d *Device) {
 	r.mu.Lock()
 	delete(r.live, d)
+	r.freeLocked(d)
 	r.mu.Unlock()
 }
 
@@ -244,30 +379,35 @@ func (r *Registry) Park() {
 }
 
 // Close refuses new devices, gives up the registry's references, and waits until every device has
-// been torn down or ctx ends; the error then names the devices that are still held. As an audit it
-// is called last: whoever holds a device did not close. nil the second time. May wait.
+// been torn down or ctx ends. It is an audit, called last: the error is a *verbs.BusyError for each device that is still
+// held, naming the holders, beside ctx's. It may be called again, and returns nil once everything is
+// gone. May wait.
 func (r *Registry) Close(ctx context.Context) error {
 	r.mu.Lock()
 	r.closed = true
+	stops := r.stops
+	r.stops = nil
 	tab := r.table.Swap(&table{})
+	for _, d := range tab.all {
+		d.listed = false
+	}
 	all := make([]*Device, 0, len(r.live))
 	for d := range r.live {
 		all = append(all, d)
 	}
+	for addr := range r.absent {
+		r.appearedLocked(addr)
+	}
 	r.mu.Unlock()
+	for _, stop := range stops {
+		stop()
+	}
 	for _, d := range tab.all {
-		r.cfg.Epoch.Retire(d.Put)
+		r.cfg.Epoch.Retire(func() { d.PutNamed(holderRegistry) })
 	}
 	var errs []error
 	for _, d := range all {
-		select {
-		case <-d.down:
-			if d.err != nil {
-				errs = append(errs, fmt.Errorf("device %v: %w", d.addr, d.err))
-			}
-		case <-ctx.Done():
-			errs = append(errs, fmt.Errorf("device %v: %d references left (%d QPs): %w", d.addr, d.refs.Refs(), len(d.allQPs()), ctx.Err()))
-		}
+		errs = append(errs, d.wait(ctx))
 	}
 	return errors.Join(errs...)
 }

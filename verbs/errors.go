@@ -23,6 +23,7 @@ var (
 	ErrUnreachable   = errors.New("peer unreachable")   // no answer to REQ or REP
 	ErrStaleConn     = errors.New("stale connection")   // REJ 10: retry after timewait
 	ErrNoSuchAddress = errors.New("no device owns the address")
+	ErrDeviceGone    = errors.New("device is gone") // removed (EventDeviceRemoved): nothing new can be made on it
 )
 
 // WCError is a completion that did not succeed.
