@@ -11,6 +11,7 @@ import (
 	"github.com/openrds/openrds/ibdev"
 	"github.com/openrds/openrds/internal/epoch"
 	"github.com/openrds/openrds/internal/slab"
+	"github.com/openrds/openrds/verbs"
 )
 
 // Sink is what a Manager delivers to: the sockets of a Service. Its methods run in completion
@@ -55,6 +56,16 @@ type Incoming struct {
 	DstPort uint16
 	First   Frag   // the first (nearly always the only) piece; empty for a zero-length message
 	More    []Frag // further pieces in order
+	Ext     *Ext   // what the header says beyond that, nil: nothing
+}
+
+// Ext is what a datagram's header says about memory (rds-protocol spec 2.5).
+type Ext struct {
+	Cookie uint64 // of a region of the sender's, handed out (RDMA_DEST); 0 none
+	// Used is the key of the region of the receiver's that the operation before this datagram used (RDMA), if
+	// HasUsed. The peer says so: nothing proves it.
+	Used    verbs.RKey
+	HasUsed bool
 }
 
 // Frag is a piece of a message in a receive buffer.
@@ -82,6 +93,41 @@ const (
 	More
 )
 
+// Extra is what a datagram may have beside its payload. At most one of the two (rds-protocol spec 1.4 step 12).
+type Extra struct {
+	Cookie uint64 // of a region to hand out: rkey | offset << 32; 0 none
+	RDMA   *RDMA  // an operation to execute before the datagram
+}
+
+// RDMA is an operation that is executed before the datagram it is sent with. It belongs to the connection from a SendExtra
+// that succeeded until Done.
+type RDMA struct {
+	Opcode     verbs.SendOpcode // OpRead, OpWrite, OpCompareSwap, OpFetchAdd
+	Device     *ibdev.Device    // whose keys SGs has
+	SGs        []verbs.SGE      // local memory in order; none is empty. 8 bytes for an atomic
+	RKey       verbs.RKey
+	RemoteAddr uint64
+	CompareAdd uint64 // of an atomic
+	Swap       uint64
+	NoFence    bool // the datagram need not wait for the data of a READ, or the result of an atomic
+	Silent     bool // if the payload is empty there is no datagram: only the operation is executed
+
+	// Done is called once, when the connection touches none of the memory any more. It may run in completion handlers,
+	// in the caller of SendExtra, Cancel, Manager.Close: it may not wait, and may not call back into the connection.
+	Done func(r *RDMA, s RDMAStatus)
+}
+
+// RDMAStatus is the outcome of an operation; the values are the kernel's (rds-protocol spec 1.8).
+type RDMAStatus uint8
+
+const (
+	RDMASuccess     RDMAStatus = iota
+	RDMARemoteError            // remote access error: a key that is not valid, or not for that
+	RDMACancelled              // taken back before it was executed
+	RDMADropped                // the connection was lost; it is not known whether it was executed
+	RDMAOther                  // any other error, such as one of this side
+)
+
 // Conditions a caller acts on.
 var (
 	ErrClosed = net.ErrClosed
@@ -96,6 +142,10 @@ var (
 	ErrSelf = errors.New("connection to itself")
 	// ErrMessageTooLong: above MaxMessage.
 	ErrMessageTooLong = errors.New("message too long")
+	// ErrTooManyPieces: an operation on more pieces of local memory than a send ring holds.
+	ErrTooManyPieces = errors.New("operation on too many pieces of memory")
+	// ErrNotUp: the connection is not established; it is being connected.
+	ErrNotUp = errors.New("not connected yet")
 )
 
 // MaxMessage is the largest payload of a datagram in bytes (rds-protocol spec 1.1).
@@ -183,6 +233,11 @@ type Stats struct {
 	IBAckSendPiggybacked uint64 // ib_ack_send_piggybacked
 	IBAckSendDelayed     uint64 // ib_ack_send_delayed
 	IBAckReceived        uint64 // ib_ack_received: acknowledgement frames
+	SendRDMA             uint64 // send_rdma: operations accepted
+	SendRDMABytes        uint64 // send_rdma_bytes: of WRITEs that succeeded
+	RecvRDMABytes        uint64 // recv_rdma_bytes: of READs that succeeded
+	IBAtomicCswp         uint64 // ib_atomic_cswp
+	IBAtomicFadd         uint64 // ib_atomic_fadd
 
 	RecvMessages      uint64 // messages delivered to the Sink
 	RecvBytes         uint64 // their payload
@@ -195,6 +250,10 @@ type Stats struct {
 	SendCancelled     uint64 // messages cancelled
 	SendAbandoned     uint64 // messages dropped at Close
 	SendNoMemory      uint64 // messages refused with ErrNoMemory
+	RDMARemoteErrors  uint64 // operations that failed for the peer's reasons
+	RDMADropped       uint64 // operations lost with a connection
+	RDMACancelled     uint64 // operations taken back
+	RDMAOtherErrors   uint64 // operations that failed otherwise
 	RecvSeqGap        uint64 // sequences skipped by a peer (cancelled there, or lost with it)
 	RecvBadFragment   uint64 // connections dropped for a fragment against the rules
 	RecvBadAck        uint64 // acknowledgements of what was never sent, ignored
@@ -220,20 +279,24 @@ type Stats struct {
 
 // Info is a snapshot of one connection, as `rds-info -n -I` shows it (rds-protocol spec 6.1, 7.6).
 type Info struct {
-	Local, Remote netip.Addr
-	TOS           uint8
-	State         State
-	PeerIsKernel  bool   // meaningful once it was up
-	PeerInc       uint64 // the peer's incarnation, 0 unknown or a kernel
-	Device        string // "" unless connected
-	QPN, PeerQPN  uint32
-	NextTX        uint64 // next sequence to send
-	NextRX        uint64 // next sequence expected, 0: any
-	QueuedMsgs    int    // accepted, not acknowledged
-	QueuedBytes   int    // their payload
-	UnsentMsgs    int    // of these not yet posted
-	Established   uint64 // times it was up
-	LastError     string // why it was last down
+	Local, Remote      netip.Addr
+	TOS                uint8
+	State              State
+	PeerIsKernel       bool   // meaningful once it was up
+	PeerInc            uint64 // the peer's incarnation, 0 unknown or a kernel
+	Device             string // "" unless connected
+	QPN, PeerQPN       uint32
+	MaxSendWR          int // of the QP, 0 unless connected
+	MaxSendSGE         int
+	MaxRecvWR          int    // posted to the shared receive queue it takes from
+	PeerCongestedPorts int    // bits set in the peer's map
+	NextTX             uint64 // next sequence to send
+	NextRX             uint64 // next sequence expected, 0: any
+	QueuedMsgs         int    // accepted, not acknowledged
+	QueuedBytes        int    // their payload
+	UnsentMsgs         int    // of these not yet posted
+	Established        uint64 // times it was up
+	LastError          string // why it was last down
 }
 
 // QueuedMessage describes a message that is not acknowledged yet (`rds-info -s -t`).

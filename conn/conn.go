@@ -214,6 +214,10 @@ func (c *Conn) Info() Info {
 	if c.up {
 		i.Device = c.link.Device().Name()
 		i.QPN, i.PeerQPN = uint32(c.link.QPN()), uint32(c.ctl.peerQPN)
+		i.MaxSendWR, i.MaxSendSGE, i.MaxRecvWR = c.link.Limits()
+	}
+	if m := c.peer.cong.Load(); m != nil {
+		i.PeerCongestedPorts = m.Count()
 	}
 	return i
 }

@@ -233,7 +233,9 @@ func (m *Manager) forget(c *Conn) {
 	c.site.mu.Unlock()
 }
 
-// conns are the connections of this moment.
+// Conns are the connections of this moment, in no order.
+func (m *Manager) Conns() []*Conn { return m.conns() }
+
 func (m *Manager) conns() []*Conn {
 	m.mu.RLock()
 	defer m.mu.RUnlock()

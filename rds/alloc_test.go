@@ -51,7 +51,7 @@ func TestNoAllocs(t *testing.T) {
 	peer := svc.peerOf(addrA, addrB)
 	ms := batch64(4000)
 	wantNoAllocs(t, "ReadFromAddrPort", len(ms), 10, func() {
-		svc.deliver(peer, ms, maxInt64)
+		svc.deliver(peer, 0, ms, maxInt64)
 		for range ms {
 			if _, _, err := s.ReadFromAddrPort(p); err != nil {
 				t.Fatal(err)
@@ -59,7 +59,7 @@ func TestNoAllocs(t *testing.T) {
 		}
 	})
 	wantNoAllocs(t, "ReadFrom", len(ms), 10, func() {
-		svc.deliver(peer, ms, maxInt64)
+		svc.deliver(peer, 0, ms, maxInt64)
 		for range ms {
 			if _, _, err := s.ReadFrom(p); err != nil {
 				t.Fatal(err)
@@ -67,7 +67,7 @@ func TestNoAllocs(t *testing.T) {
 		}
 	})
 	wantNoAllocs(t, "Receive", len(ms), 10, func() {
-		svc.deliver(peer, ms, maxInt64)
+		svc.deliver(peer, 0, ms, maxInt64)
 		for range ms {
 			m, err := s.Receive(ctx)
 			if err != nil {
@@ -82,7 +82,7 @@ func TestNoAllocs(t *testing.T) {
 	}
 	q := make([]byte, 100000)
 	wantNoAllocs(t, "ReadFromAddrPort of 100 kB", 100, 10, func() {
-		svc.deliver(peer, big[:4], maxInt64)
+		svc.deliver(peer, 0, big[:4], maxInt64)
 		for range 4 {
 			if _, _, err := s.ReadFromAddrPort(q); err != nil {
 				t.Fatal(err)

@@ -78,7 +78,7 @@ func BenchmarkSocket64(b *testing.B) {
 		b.ReportAllocs()
 		for n := 0; b.Loop(); n++ {
 			if n%len(ms) == 0 {
-				svc.deliver(peer, ms, maxInt64)
+				svc.deliver(peer, 0, ms, maxInt64)
 			}
 			if _, _, err := s.ReadFromAddrPort(p); err != nil {
 				b.Fatal(err)
@@ -92,7 +92,7 @@ func BenchmarkSocket64(b *testing.B) {
 		b.ReportAllocs()
 		for n := 0; b.Loop(); n++ {
 			if n%len(ms) == 0 {
-				svc.deliver(peer, ms, maxInt64)
+				svc.deliver(peer, 0, ms, maxInt64)
 			}
 			m, err := s.Receive(context.Background())
 			if err != nil {
@@ -116,7 +116,7 @@ func BenchmarkSocket64(b *testing.B) {
 		b.ReportAllocs()
 		for n := 0; b.Loop(); n++ {
 			if n%len(ms) == 0 {
-				svc.deliver(peer, ms, maxInt64)
+				svc.deliver(peer, 0, ms, maxInt64)
 			}
 			if _, _, err := socks[n%8].ReadFromAddrPort(p); err != nil {
 				b.Fatal(err)
@@ -164,7 +164,7 @@ func BenchmarkRecvQueueTwoSides(b *testing.B) {
 	b.ResetTimer()
 	for range n {
 		room <- struct{}{}
-		svc.deliver(peer, ms, maxInt64)
+		svc.deliver(peer, 0, ms, maxInt64)
 	}
 	wg.Wait()
 }

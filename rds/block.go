@@ -12,9 +12,10 @@ import (
 //
 //	 0        4        8     10     12       16
 //	├────────┼────────┼─────┼──────┼────────┼──────────────┬─────────┤
-//	│ length │ peer   │port │ kind │  -     │ payload      │ to 8    │
+//	│ length │ peer   │port │ kind │  seq   │ payload      │ to 8    │
 //	└────────┴────────┴─────┴──────┴────────┴──────────────┴─────────┘
 //
+// The upper half of kind is the type of service; seq is the lower half of the sequence, for listings.
 // A record costs a reader no pointer to chase and the collector nothing to scan. A long datagram is
 // a record without payload (recExt) and the next element of the block's ext list, which refers to
 // the connection's receive buffers, or to blocks of its own.
@@ -33,7 +34,7 @@ const (
 	inlineMax = blockSize/2 - recHeader
 )
 
-type recKind uint16
+type recKind uint8
 
 const (
 	recInline recKind = iota
@@ -62,12 +63,13 @@ func recSize(payload int) int {
 func (b *block) room(n int) bool { return blockSize-b.w >= recSize(n) }
 
 // put appends a record's header and returns its room for payload.
-func (b *block) put(length int, peer uint32, port uint16, kind recKind, payload int) []byte {
+func (b *block) put(m *conn.Incoming, from source32, kind recKind, payload int) []byte {
 	h := b.buf[b.w : b.w+recHeader]
-	binary.NativeEndian.PutUint32(h[0:], uint32(length))
-	binary.NativeEndian.PutUint32(h[4:], peer)
-	binary.NativeEndian.PutUint16(h[8:], port)
-	binary.NativeEndian.PutUint16(h[10:], uint16(kind))
+	binary.NativeEndian.PutUint32(h[0:], uint32(m.Len))
+	binary.NativeEndian.PutUint32(h[4:], from.peer)
+	binary.NativeEndian.PutUint16(h[8:], m.SrcPort)
+	h[10], h[11] = uint8(kind), from.tos
+	binary.NativeEndian.PutUint32(h[12:], uint32(m.Seq))
 	off := b.w + recHeader
 	b.w += recSize(payload)
 	return b.buf[off : off+payload]
@@ -79,17 +81,30 @@ type record struct {
 	peer   uint32
 	port   uint16
 	kind   recKind
+	tos    uint8
+	seq    uint32
 	off    int
 }
 
-func (b *block) head() record {
-	h := b.buf[b.r : b.r+recHeader]
+// source32 is where a datagram came from, in the form in which records keep it.
+type source32 struct {
+	peer uint32 // index in Service.peers
+	tos  uint8
+}
+
+func (b *block) head() record { return b.at(b.r) }
+
+// at is the record that starts at offset i.
+func (b *block) at(i int) record {
+	h := b.buf[i : i+recHeader]
 	return record{
 		length: int(binary.NativeEndian.Uint32(h[0:])),
 		peer:   binary.NativeEndian.Uint32(h[4:]),
 		port:   binary.NativeEndian.Uint16(h[8:]),
-		kind:   recKind(binary.NativeEndian.Uint16(h[10:])),
-		off:    b.r + recHeader,
+		kind:   recKind(h[10]),
+		tos:    h[11],
+		seq:    binary.NativeEndian.Uint32(h[12:]),
+		off:    i + recHeader,
 	}
 }
 

@@ -17,7 +17,7 @@ func (k sink) Deliver(c *conn.Conn, msgs []conn.Incoming) int {
 		// Many connections of a pair (one per type of service) share the peer.
 		p, _ = k.svc.byConn.LoadOrStore(c, k.svc.peerOf(c.Local(), c.Remote()))
 	}
-	return k.svc.deliver(p.(*peer), msgs, int64(k.svc.cfg.MaxPeerBytes))
+	return k.svc.deliver(p.(*peer), c.TOS(), msgs, int64(k.svc.cfg.MaxPeerBytes))
 }
 
 func (k sink) PeerMapChanged(local, remote netip.Addr, cleared bool) {
@@ -119,11 +119,12 @@ func (r *run) end() {
 	}
 }
 
-// deliver queues msgs, which came from p, at their sockets. It returns how many it took; fewer than
+// deliver queues msgs, which came from p with type of service tos, at their sockets. It returns how many it took; fewer than
 // all only if the next would take p past limit.
-func (svc *Service) deliver(p *peer, msgs []conn.Incoming, limit int64) int {
+func (svc *Service) deliver(p *peer, tos uint8, msgs []conn.Incoming, limit int64) int {
 	la := p.la
 	room := limit - p.queued.Load()
+	from := source32{p.index, tos}
 	var (
 		batch runs
 		r     *run // the current one, whose queue is locked; nil if none
@@ -137,7 +138,7 @@ func (svc *Service) deliver(p *peer, msgs []conn.Incoming, limit int64) int {
 			if s == nil {
 				batch.unlock()
 				r = nil
-				if s = la.deliverUnbound(p, m, &total); s == nil {
+				if s = la.deliverUnbound(p, from, m, &total); s == nil {
 					continue
 				}
 			}
@@ -153,7 +154,7 @@ func (svc *Service) deliver(p *peer, msgs []conn.Incoming, limit int64) int {
 			svc.ctr.recvPeerLimit.Add(1)
 			break
 		}
-		q.pushLocked(p.index, m)
+		q.pushLocked(from, m)
 		total += charge
 		r.msgs++
 		r.bytes += int64(m.Len)
@@ -168,7 +169,7 @@ func (svc *Service) deliver(p *peer, msgs []conn.Incoming, limit int64) int {
 
 // deliverUnbound holds m or drops it. If the port was bound at this very moment it returns the
 // socket instead.
-func (la *localAddr) deliverUnbound(p *peer, m *conn.Incoming, total *int64) *Socket {
+func (la *localAddr) deliverUnbound(p *peer, from source32, m *conn.Incoming, total *int64) *Socket {
 	la.mu.Lock()
 	defer la.mu.Unlock()
 	if s := la.ports.lookup(m.DstPort); s != nil {
@@ -181,7 +182,7 @@ func (la *localAddr) deliverUnbound(p *peer, m *conn.Incoming, total *int64) *So
 		return nil
 	}
 	q.inMu.Lock()
-	q.pushLocked(p.index, m)
+	q.pushLocked(from, m)
 	q.inMu.Unlock()
 	q.bytes.Add(int64(m.Len))
 	q.charge.Add(charge)

@@ -103,6 +103,7 @@ func (tr *fakeTransport) Progress() bool {
 
 func (tr *fakeTransport) Park() {}
 
+func (tr *fakeTransport) Conns() []*conn.Conn                      { return nil }
 func (tr *fakeTransport) Stats() (conn.Stats, []ibdev.DeviceStats) { return conn.Stats{}, nil }
 
 func (tr *fakeTransport) Close(context.Context) (int, error) {
@@ -177,7 +178,7 @@ func (l *fakeLink) Cancel(o conn.Owner, dstPort int) int {
 // deliverTo is one datagram's arrival at svc's address local.
 func deliverTo(svc *Service, local, remote netip.Addr, srcPort, dstPort uint16, payload []byte) (taken bool) {
 	m := conn.Incoming{SrcPort: srcPort, DstPort: dstPort, Len: len(payload), First: conn.Frag{Data: payload}}
-	return svc.deliver(svc.peerOf(local, remote), []conn.Incoming{m}, int64(svc.cfg.MaxPeerBytes)) == 1
+	return svc.deliver(svc.peerOf(local, remote), 0, []conn.Incoming{m}, int64(svc.cfg.MaxPeerBytes)) == 1
 }
 
 var (

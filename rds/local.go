@@ -38,7 +38,7 @@ func (l *localLink) SendMsg(o conn.Owner, srcPort, dstPort uint16, payload []byt
 	}
 	// Senders stop at congested ports, so each socket's buffer bounds this; the bound per peer is
 	// for senders who do not.
-	to.la.svc.deliver(to, m[:], maxInt64)
+	to.la.svc.deliver(to, 0, m[:], maxInt64)
 	o.Released(1, len(payload))
 	return nil
 }

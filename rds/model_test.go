@@ -58,7 +58,7 @@ func TestReceiveQueueModel(t *testing.T) {
 					ms = append(ms, m)
 					queue = append(queue, p)
 				}
-				if k := svc.deliver(svc.peerOf(addrA, addrB), ms, maxInt64); k != len(ms) {
+				if k := svc.deliver(svc.peerOf(addrA, addrB), 0, ms, maxInt64); k != len(ms) {
 					rt.Fatalf("took %d of %d", k, len(ms))
 				}
 				settle()

@@ -70,6 +70,8 @@ func (st *stack) SetCongested(local netip.Addr, port uint16, on bool) {
 func (st *stack) Progress() bool { return st.mgr.Progress() }
 func (st *stack) Park()          { st.mgr.Park() }
 
+func (st *stack) Conns() []*conn.Conn { return st.mgr.Conns() }
+
 func (st *stack) Stats() (conn.Stats, []ibdev.DeviceStats) {
 	var devs []ibdev.DeviceStats
 	for _, d := range st.reg.Devices() {

@@ -62,19 +62,19 @@ const tallyMax = 32 << 10
 func chargeOf(n int) int64 { return int64(n) + recHeader }
 
 // pushLocked appends m. The caller holds inMu and accounts for it.
-func (q *recvq) pushLocked(peer uint32, m *conn.Incoming) {
+func (q *recvq) pushLocked(from source32, m *conn.Incoming) {
 	if m.Len > copyMax {
-		q.pushLongLocked(peer, m)
+		q.pushLongLocked(from, m)
 		return
 	}
-	copyIn(q.roomLocked(m.Len).put(m.Len, peer, m.SrcPort, recInline, m.Len), m)
+	copyIn(q.roomLocked(m.Len).put(m, from, recInline, m.Len), m)
 }
 
-func (q *recvq) pushLongLocked(peer uint32, m *conn.Incoming) {
+func (q *recvq) pushLongLocked(from source32, m *conn.Incoming) {
 	cost := q.pinCostLocked(m)
 	refer := cost >= 0 && q.pinned.Load()+cost <= q.pinLimit.Load()
 	if !refer && m.Len <= inlineMax {
-		copyIn(q.roomLocked(m.Len).put(m.Len, peer, m.SrcPort, recInline, m.Len), m)
+		copyIn(q.roomLocked(m.Len).put(m, from, recInline, m.Len), m)
 		return
 	}
 	x := q.svc.arena.getExt()
@@ -87,7 +87,7 @@ func (q *recvq) pushLongLocked(peer uint32, m *conn.Incoming) {
 		x.copyFrom(&q.svc.arena, m)
 	}
 	b := q.roomLocked(0)
-	b.put(m.Len, peer, m.SrcPort, recExt, 0)
+	b.put(m, from, recExt, 0)
 	b.ext = append(b.ext, x)
 }
 

@@ -678,7 +678,7 @@ func TestManyReaders(t *testing.T) {
 		for range readers * each / 2 {
 			batch = append(batch, conn.Incoming{SrcPort: 1, DstPort: 4000})
 		}
-		b.svc.deliver(b.svc.peerOf(addrB, addrA), batch, maxInt64)
+		b.svc.deliver(b.svc.peerOf(addrB, addrA), 0, batch, maxInt64)
 		synctest.Wait()
 		for range readers * each / 2 {
 			mustWrite(t, a, nil, b.AddrPort())

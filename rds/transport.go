@@ -21,6 +21,8 @@ type transport interface {
 	Progress() bool
 	// Park says that the caller, who has called Progress, is about to sleep.
 	Park()
+	// Conns are the connections of this moment, in no order.
+	Conns() []*conn.Conn
 	// Stats are the counters of everything below.
 	Stats() (conn.Stats, []ibdev.DeviceStats)
 	// Close lingers until all messages are acknowledged or ctx is done, then ends all. It says

@@ -23,6 +23,14 @@ func (m *CongMap) Clear(port uint16) { m[port>>3] &^= 1 << (port & 7) }
 // Test reports whether port is congested.
 func (m *CongMap) Test(port uint16) bool { return m[port>>3]>>(port&7)&1 != 0 }
 
+// Count is how many ports are congested.
+func (m *CongMap) Count() (n int) {
+	for i := range CongMapLen / 8 {
+		n += bits.OnesCount64(m.word(i))
+	}
+	return n
+}
+
 // Equal reports whether m and o are the same.
 func (m *CongMap) Equal(o *CongMap) bool { return *m == *o }
 
