@@ -33,6 +33,12 @@ type counters struct {
 	sendCancelled     atomic.Uint64
 	sendAbandoned     atomic.Uint64
 	sendNoMemory      atomic.Uint64
+	sendRDMA          atomic.Uint64
+	sendRDMABytes     atomic.Uint64
+	recvRDMABytes     atomic.Uint64
+	atomicCswp        atomic.Uint64
+	atomicFadd        atomic.Uint64
+	rdmaFailed        [RDMAOther + 1]atomic.Uint64 // by status
 	recvGap           atomic.Uint64
 	recvBadFragment   atomic.Uint64
 	recvBadAck        atomic.Uint64
@@ -84,6 +90,15 @@ func (m *Manager) Stats() Stats {
 		SendCancelled:        k.sendCancelled.Load(),
 		SendAbandoned:        k.sendAbandoned.Load(),
 		SendNoMemory:         k.sendNoMemory.Load(),
+		SendRDMA:             k.sendRDMA.Load(),
+		SendRDMABytes:        k.sendRDMABytes.Load(),
+		RecvRDMABytes:        k.recvRDMABytes.Load(),
+		IBAtomicCswp:         k.atomicCswp.Load(),
+		IBAtomicFadd:         k.atomicFadd.Load(),
+		RDMARemoteErrors:     k.rdmaFailed[RDMARemoteError].Load(),
+		RDMADropped:          k.rdmaFailed[RDMADropped].Load(),
+		RDMACancelled:        k.rdmaFailed[RDMACancelled].Load(),
+		RDMAOtherErrors:      k.rdmaFailed[RDMAOther].Load(),
 		RecvSeqGap:           k.recvGap.Load(),
 		RecvBadFragment:      k.recvBadFragment.Load(),
 		RecvBadAck:           k.recvBadAck.Load(),

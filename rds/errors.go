@@ -32,6 +32,21 @@ var (
 	ErrInvalid error = &condition{"invalid argument", syscall.EINVAL}
 	// ErrNotSupported: what was asked for cannot be done here (EOPNOTSUPP).
 	ErrNotSupported error = &condition{"not supported", syscall.EOPNOTSUPP}
+
+	// ErrRegionTooLarge: a region or an operation of more than 1 MiB, or of too many pieces (EMSGSIZE).
+	ErrRegionTooLarge error = &condition{"region too large", syscall.EMSGSIZE}
+	// ErrStaleCookie: the cookie names no region of this socket, or the region was freed (EINVAL).
+	ErrStaleCookie error = &condition{"cookie of no region", syscall.EINVAL}
+	// ErrForeignRegion: the region belongs to another socket (EINVAL).
+	ErrForeignRegion error = &condition{"region of another socket", syscall.EINVAL}
+	// ErrPoolExhausted: the device has as many regions as it may (EAGAIN).
+	ErrPoolExhausted error = &condition{"pool of memory regions exhausted", syscall.EAGAIN}
+	// ErrDeviceGone: the device that the region was registered with was removed (ENODEV).
+	ErrDeviceGone error = &condition{"device was removed", syscall.ENODEV}
+	// ErrNotReady: the connection that a region is for is not established; it is being connected (EAGAIN).
+	ErrNotReady error = &condition{"not connected yet", syscall.EAGAIN}
+	// ErrMisaligned: an atomic on memory that is not 8 bytes, or not at an address that 8 divides (EFAULT).
+	ErrMisaligned error = &condition{"atomic operand of wrong size or alignment", syscall.EFAULT}
 )
 
 // condition is a sentinel that also matches an errno.

@@ -16,6 +16,11 @@ type Message struct {
 	Data []byte
 	// TypeOfService of a message to send; 0 is the socket's.
 	TypeOfService uint8
+	// RDMA is an operation to execute before the datagram; nil: none.
+	RDMA *RDMA
+	// Cookie names a region of the sender's that the datagram hands out (RDS_CMSG_RDMA_DEST): of the sending socket's,
+	// or, in a received message, the peer's. 0: none.
+	Cookie Cookie
 
 	// Of a received message.
 	length int

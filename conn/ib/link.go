@@ -65,10 +65,11 @@ const (
 	signalEvery = 16
 	// BatchMax is how many SENDs one Post takes.
 	BatchMax = 16
-	maxSGE   = 3
+	maxSGE   = 3 // of a SEND
 )
 
-// Work request IDs: the link's number in the upper half; below it the count of the SEND, or the marker.
+// Work request IDs: the link's number in the upper half, of 31 bits, since bit 63 is the pools' (package mrpool); below it the
+// count of the request, or the marker.
 const (
 	idMarker = 1 << 31
 	idCount  = idMarker - 1
@@ -89,8 +90,8 @@ type Link struct {
 	drained chan struct{} // closed when the marker was polled
 	quiet   bool          // Close does not tell the peer
 
-	// The ring: SEND number i is in slot i mod Ring. The transmitter moves head, the send handler tail. The
-	// slots between belong to the QP.
+	// The ring: request number i, a SEND or a part of an Op, is in slot i mod Ring. The transmitter moves head, the send
+	// handler tail. The slots between belong to the QP.
 	slots    []slot
 	head     atomic.Uint32 // next to post
 	tail     atomic.Uint32 // oldest not completed
@@ -98,16 +99,21 @@ type Link struct {
 	dataTail atomic.Uint32 // completed
 	acks     atomic.Int32  // acknowledgement frames in flight
 
+	opSGE int // SGEs of an Op's requests
+
 	// The transmitter's.
 	wrs  [BatchMax]verbs.SendWR
 	sges [BatchMax * maxSGE]verbs.SGE
 }
 
-// slot is what a SEND in flight holds.
+// slot is what a request in flight holds.
 type slot struct {
 	kind   Kind
 	chunks [2]*slab.Chunk // referenced until the completion
+	op     *Op            // of a oneSided one
 }
+
+func (l *Link) slot(i uint32) *slot { return &l.slots[int(i)&(l.cfg.Ring-1)] }
 
 // Kind is what a SEND is for.
 type Kind uint8
@@ -116,7 +122,8 @@ type Kind uint8
 const (
 	Data Kind = iota
 	Ack
-	Control // congestion map, mark
+	Control  // congestion map, mark
+	oneSided // no SEND: a part of an Op
 )
 
 // Piece is a part of a SEND: n bytes of a chunk.
@@ -130,6 +137,7 @@ type Piece struct {
 type Send struct {
 	Kind      Kind
 	Solicited bool
+	Fence     bool // executes after all READs and atomics before it
 	// Header says that the SEND begins with HeaderLen bytes from the header slot (Link.Header) of its place in
 	// the ring.
 	HeaderLen int
@@ -140,14 +148,15 @@ type Send struct {
 // NewLink creates the QP of a new incarnation. num tells it from every other link of the Manager.
 // The caller holds a reference to dev for the call. May wait.
 func NewLink(dev *ibdev.Device, mem *slab.Slab, cfg Config, num uint32, up Upper) (*Link, error) {
-	l := &Link{up: up, cfg: cfg, num: uint64(num) << 32, slots: make([]slot, cfg.Ring), drained: make(chan struct{})}
+	l := &Link{up: up, cfg: cfg, num: uint64(num) << 33 >> 1, slots: make([]slot, cfg.Ring), drained: make(chan struct{})}
+	l.opSGE = max(1, min(MaxOpSGE, dev.Attr().MaxSGE))
 	hdrs, err := mem.Alloc(cfg.Ring * slotBytes)
 	if err != nil {
 		return nil, fmt.Errorf("header slots: %w", err)
 	}
 	l.hdrs, l.hmem = hdrs, hdrs.Bytes()
 	// One more than the ring: the marker.
-	l.qp, err = dev.CreateQP(ibdev.QPConfig{MaxSendWR: cfg.Ring + 1, MaxSendSGE: maxSGE, Recv: cfg.Recv}, l)
+	l.qp, err = dev.CreateQP(ibdev.QPConfig{MaxSendWR: cfg.Ring + 1, MaxSendSGE: max(maxSGE, l.opSGE), Recv: cfg.Recv}, l)
 	if err != nil {
 		hdrs.Put()
 		return nil, err
@@ -266,12 +275,15 @@ func (l *Link) Post(sends []Send) (int, error) {
 		if s.Solicited {
 			wr.Flags |= verbs.SendSolicited
 		}
+		if s.Fence {
+			wr.Flags |= verbs.SendFence
+		}
 	}
 	// The slots are filled before the QP may complete them.
 	data := uint32(0)
 	for i := range sends {
 		s := &sends[i]
-		sl := &l.slots[int(h+uint32(i))&(l.cfg.Ring-1)]
+		sl := l.slot(h + uint32(i))
 		sl.kind = s.Kind
 		for k := range s.Pieces[:s.N] {
 			s.Pieces[k].Chunk.Get()
@@ -312,17 +324,17 @@ func (l *Link) SendWC(wc *verbs.WC) {
 		l.fail(fmt.Errorf("completion of send %d, which is not in flight", uint32(wc.ID)))
 		return
 	}
-	l.reclaim(t, n)
+	l.reclaim(t, n, wc.Status, false)
 	if wc.Status != verbs.WCSuccess {
 		l.fail(wc.Err())
 	}
 }
 
-// reclaim empties n slots from t on.
-func (l *Link) reclaim(t, n uint32) {
+// reclaim empties n slots from t on. status is the last one's, those before it have succeeded; or it is that of all.
+func (l *Link) reclaim(t, n uint32, status verbs.WCStatus, all bool) {
 	data := uint32(0)
 	for i := range n {
-		sl := &l.slots[int(t+i)&(l.cfg.Ring-1)]
+		sl := l.slot(t + i)
 		for k, c := range sl.chunks {
 			if c != nil {
 				c.Put()
@@ -334,6 +346,14 @@ func (l *Link) reclaim(t, n uint32) {
 			data++
 		case Ack:
 			l.acks.Dec()
+		case oneSided:
+			o := sl.op
+			sl.op = nil
+			if i == n-1 || all {
+				o.completed(status)
+			} else {
+				o.completed(verbs.WCSuccess)
+			}
 		}
 	}
 	l.dataTail.Add(data)
@@ -440,7 +460,7 @@ func (l *Link) Close(timeout time.Duration) error {
 	errs = append(errs, l.qp.Close())
 	// 6. What never completed: sends the QP did not take, and everything if the marker did not come.
 	t := l.tail.Load()
-	l.reclaim(t, l.head.Load()-t)
+	l.reclaim(t, l.head.Load()-t, verbs.WCFlushErr, true)
 	l.hdrs.Put()
 	return errors.Join(errs...)
 }
