@@ -15,8 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Capture is a capture of the lab's link, both directions, to a pcap file of whole Ethernet frames with times in
-// microseconds.
+// Capture is a capture of the lab's link, what guests say to each other included, to a pcap file of whole Ethernet
+// frames with times in microseconds.
 type Capture struct {
 	file *os.File
 	sock *os.File
@@ -28,7 +28,7 @@ type Capture struct {
 // snapLen is above any frame of a link of ours.
 const snapLen = 1 << 16
 
-// StartCapture captures to the file path until Close. The guest must be there: the link is its.
+// StartCapture captures to the file path until Close.
 func StartCapture(path string) (*Capture, error) {
 	ifi, err := net.InterfaceByName(HostLink)
 	if err != nil {
@@ -42,6 +42,12 @@ func StartCapture(path string) (*Capture, error) {
 	sock := os.NewFile(uintptr(fd), "packet socket") // by the poller, so that Close ends a read
 	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 64<<20)
 	if err := unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: all, Ifindex: ifi.Index}); err != nil {
+		sock.Close()
+		return nil, fmt.Errorf("capture: %w", err)
+	}
+	// A bridge shows what it forwards only to those who want to see everything.
+	promisc := &unix.PacketMreq{Ifindex: int32(ifi.Index), Type: unix.PACKET_MR_PROMISC}
+	if err := unix.SetsockoptPacketMreq(fd, unix.SOL_PACKET, unix.PACKET_ADD_MEMBERSHIP, promisc); err != nil {
 		sock.Close()
 		return nil, fmt.Errorf("capture: %w", err)
 	}

@@ -9,11 +9,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -21,21 +21,6 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-)
-
-// Addresses of the lab's only link. The host's are on the tap device lab0, the guest's on its eth0.
-const (
-	HostAddr4  = "10.77.0.1"
-	GuestAddr4 = "10.77.0.2"
-	HostAddr6  = "fd00:77::1"
-	GuestAddr6 = "fd00:77::2"
-)
-
-// Names of the link's ends, and of the guest's soft RoCE device.
-const (
-	HostLink  = "lab0"
-	GuestLink = "eth0"
-	RXE       = "rxe0"
 )
 
 const (
@@ -61,6 +46,7 @@ var DefaultModules = []string{"crc32_generic", "rdma_rxe", "ib_uverbs", "rdma_uc
 
 // Guest is a running machine.
 type Guest struct {
+	number  int // place on the link, from 1
 	mtu     int
 	qemu    *exec.Cmd
 	console string // file
@@ -75,14 +61,13 @@ type Guest struct {
 	procs  map[uint32]*Process
 	nextID uint32
 	dead   error // why there is no agent any more
-	addrs  int   // handed out by AddHostAddr
 
 	logMu  sync.Mutex
 	logPos int // bytes of the kernel's log CheckLog has seen
 }
 
-// Boot starts a guest for t, which it ends with. Without root it skips t; a guest that does not start
-// fails it.
+// Boot starts a guest for t, which it ends with; MaxGuests may run at the same time and reach each other. Without root it
+// skips t; a guest that does not start fails it.
 func Boot(t testing.TB, cfg Config) *Guest {
 	t.Helper()
 	Need(t)
@@ -97,8 +82,7 @@ func Boot(t testing.TB, cfg Config) *Guest {
 	return g
 }
 
-// Start boots a guest; it returns once the link is configured and the rxe device is up. One guest at a time: the
-// link has a name.
+// Start boots a guest; it returns once the link is configured and the rxe device is up.
 func Start(ctx context.Context, cfg Config) (g *Guest, err error) {
 	ctx, cancel := context.WithTimeout(ctx, bootLimit)
 	defer cancel()
@@ -109,17 +93,17 @@ func Start(ctx context.Context, cfg Config) (g *Guest, err error) {
 		cfg.Modules = DefaultModules
 	}
 	g = &Guest{
-		mtu:     cfg.MTU,
-		console: workPath("console"),
-		exited:  make(chan struct{}),
-		ready:   make(chan struct{}),
-		procs:   make(map[uint32]*Process),
+		mtu:    cfg.MTU,
+		exited: make(chan struct{}),
+		ready:  make(chan struct{}),
+		procs:  make(map[uint32]*Process),
 	}
-	if err := hostLink(cfg.MTU); err != nil {
-		return nil, err
+	if err := g.plug(); err != nil {
+		return nil, fmt.Errorf("lab guest: %w", err)
 	}
+	g.console = workPath("console" + strconv.Itoa(g.number))
 	if err := g.startQEMU(cfg); err != nil {
-		_ = ip("link", "del", HostLink)
+		g.unplug()
 		return nil, err
 	}
 	defer func() {
@@ -151,31 +135,13 @@ func Start(ctx context.Context, cfg Config) (g *Guest, err error) {
 	return g, nil
 }
 
-// hostLink makes the tap device with its addresses.
-func hostLink(mtu int) error {
-	_ = ip("link", "del", HostLink) // of a guest that has just gone
-	for _, args := range [][]string{
-		{"tuntap", "add", HostLink, "mode", "tap"},
-		// Room for a whole READ response of 1 MiB at path MTU 1024: it comes in one go, and the guest is slow.
-		{"link", "set", HostLink, "address", "52:54:00:77:00:01", "mtu", fmt.Sprint(mtu), "txqueuelen", "16384", "up"},
-		{"addr", "add", HostAddr4 + "/24", "dev", HostLink},
-		{"addr", "add", HostAddr6 + "/64", "dev", HostLink, "nodad"},
-	} {
-		if err := ip(args...); err != nil {
-			return err
-		}
-	}
-	// IPv6 addresses stay when the link goes down, as IPv4 ones do.
-	return os.WriteFile("/proc/sys/net/ipv6/conf/"+HostLink+"/keep_addr_on_down", []byte("1"), 0)
-}
-
 func (g *Guest) linkCommands() [][]string {
 	return [][]string{
 		{"ip", "link", "set", "lo", "up"},
 		{"sh", "-c", "echo 1 > /proc/sys/net/ipv6/conf/" + GuestLink + "/keep_addr_on_down"},
 		{"ip", "link", "set", GuestLink, "mtu", fmt.Sprint(g.mtu), "up"},
-		{"ip", "addr", "add", GuestAddr4 + "/24", "dev", GuestLink},
-		{"ip", "addr", "add", GuestAddr6 + "/64", "dev", GuestLink, "nodad"},
+		{"ip", "addr", "add", g.Addr4() + "/24", "dev", GuestLink},
+		{"ip", "addr", "add", g.Addr6() + "/64", "dev", GuestLink, "nodad"},
 	}
 }
 
@@ -221,7 +187,7 @@ func (g *Guest) startQEMU(cfg Config) error {
 		"-serial", "chardev:console",
 		"-chardev", "socket,id=agent,fd=3", "-device", "virtio-serial-pci", "-device", "virtserialport,chardev=agent,nr=1",
 		"-fsdev", "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap", "-device", "virtio-9p-pci,fsdev=root,mount_tag=host",
-		"-netdev", "tap,id=net,ifname=" + HostLink + ",script=no,downscript=no,vnet_hdr=off", "-device", "virtio-net-pci,netdev=net,mac=52:54:00:77:00:02,romfile=",
+		"-netdev", "tap,id=net,ifname=" + g.tap() + ",script=no,downscript=no,vnet_hdr=off", "-device", "virtio-net-pci,netdev=net,mac=" + g.mac() + ",romfile=",
 		"-device", "virtio-rng-pci",
 	}
 	g.qemu = exec.Command("qemu-system-x86_64", append(args, serial...)...)
@@ -241,6 +207,7 @@ func (g *Guest) startQEMU(cfg Config) error {
 		err := g.qemu.Wait()
 		g.lost(fmt.Errorf("the guest is gone (qemu: %v %s)", err, strings.TrimSpace(stderr.String())))
 		g.port.Close()
+		g.unplug()
 		close(g.exited)
 	}()
 	return nil
@@ -295,11 +262,10 @@ func (g *Guest) request(r *request) error {
 	return nil
 }
 
-// Close kills the machine and removes the link. Twice is once.
+// Close kills the machine and removes its end of the link. Twice is once.
 func (g *Guest) Close() error {
 	_ = g.qemu.Process.Kill()
 	<-g.exited
-	_ = ip("link", "del", HostLink)
 	return nil
 }
 
@@ -493,26 +459,6 @@ func (g *Guest) loadModules(ctx context.Context, modules []string) error {
 	return nil
 }
 
-// AddHostAddr adds an address to the host's end of the link, in the network of like, and returns it. It is
-// another one at each call and goes with the guest.
-func (g *Guest) AddHostAddr(t testing.TB, like netip.Addr) netip.Addr {
-	t.Helper()
-	g.mu.Lock()
-	g.addrs++
-	n := 15 + g.addrs // behind the fixed ones
-	g.mu.Unlock()
-	b, bits := like.AsSlice(), 24
-	if like.Is6() {
-		bits = 64
-	}
-	b[len(b)-1] = byte(n)
-	addr, _ := netip.AddrFromSlice(b)
-	if err := ip("addr", "add", fmt.Sprintf("%v/%d", addr, bits), "dev", HostLink, "nodad"); err != nil || n > 250 {
-		t.Fatalf("address %v: %v", addr, err)
-	}
-	return addr
-}
-
 // AddRXE makes the guest's soft RoCE device on its link.
 func (g *Guest) AddRXE(ctx context.Context) error {
 	_, err := g.Output(ctx, "rdma", "link", "add", RXE, "type", "rxe", "netdev", GuestLink)
@@ -539,7 +485,7 @@ func (g *Guest) Impair(t testing.TB, netem ...string) {
 	})
 }
 
-// Silence has the link carry nothing for a while: the host's end is down, which the guest cannot see.
+// Silence has the link carry nothing for a while: the host's end is down, which no guest can see.
 func (g *Guest) Silence(t testing.TB, d time.Duration) {
 	t.Helper()
 	if err := ip("link", "set", HostLink, "down"); err != nil {
@@ -551,17 +497,21 @@ func (g *Guest) Silence(t testing.TB, d time.Duration) {
 	}
 }
 
-// SetMTU sets the Ethernet MTU of both ends of the link.
+// SetMTU sets the Ethernet MTU of the whole link, all guests' ends included.
 func (g *Guest) SetMTU(t testing.TB, mtu int) {
 	t.Helper()
-	if mtu == g.mtu {
-		return
+	for _, other := range running() {
+		if other.mtu == mtu {
+			continue
+		}
+		for _, dev := range []string{other.tap(), HostLink} {
+			if err := ip("link", "set", dev, "mtu", fmt.Sprint(mtu)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		other.Run(t, "ip", "link", "set", GuestLink, "mtu", fmt.Sprint(mtu))
+		other.mtu = mtu
 	}
-	if err := ip("link", "set", HostLink, "mtu", fmt.Sprint(mtu)); err != nil {
-		t.Fatal(err)
-	}
-	g.Run(t, "ip", "link", "set", GuestLink, "mtu", fmt.Sprint(mtu))
-	g.mtu = mtu
 }
 
 // Release is the guest's kernel release and version, as uname -rv says it.

@@ -130,7 +130,7 @@ func outside() int {
 	return 1
 }
 
-// enterNamespaces gives the new namespaces a /proc and a /sys of their own and brings lo up.
+// enterNamespaces gives the new namespaces a /proc and a /sys of their own, brings lo up and makes the link.
 func enterNamespaces() error {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("making mounts private: %w", err)
@@ -141,7 +141,10 @@ func enterNamespaces() error {
 	if err := unix.Mount("sysfs", "/sys", "sysfs", 0, ""); err != nil {
 		return fmt.Errorf("mounting /sys: %w", err)
 	}
-	return ip("link", "set", "lo", "up")
+	if err := ip("link", "set", "lo", "up"); err != nil {
+		return err
+	}
+	return makeLink()
 }
 
 // ip runs ip(8).
