@@ -71,14 +71,15 @@ var layers = []struct {
 	{"internal/epoch", []string{"internal/invariants"}},
 	{"internal/ref", []string{"internal/invariants"}},
 	{"internal/slab", []string{"internal/invariants"}},
+	{"internal/pagemem", nil},
 	{"internal/simnet", []string{"internal/packetio"}},
 	{"verbs", nil},
 	{"verbs/faultverbs", []string{"verbs"}},
-	{"verbs/softroce", []string{"verbs", "internal/epoch", "internal/ref", "internal/psn", "internal/packetio", "internal/wire/roce", "internal/wire/cm", "internal/invariants"}},
+	{"verbs/softroce", []string{"verbs", "internal/epoch", "internal/ref", "internal/psn", "internal/packetio", "internal/wire/roce", "internal/wire/cm", "internal/invariants", "internal/pagemem"}},
 	{"ibdev", []string{"verbs", "internal/epoch", "internal/ref", "internal/slab", "internal/invariants"}},
 	{"conn/ib", []string{"verbs", "ibdev", "internal/slab", "internal/wire/rdshdr", "internal/invariants"}},
 	{"conn", []string{"verbs", "ibdev", "conn/ib", "internal/epoch", "internal/ref", "internal/slab", "internal/wire/rdshdr", "internal/invariants"}},
-	{"rds", []string{"verbs", "verbs/softroce", "ibdev", "conn", "internal/epoch", "internal/ref", "internal/slab", "internal/packetio", "internal/invariants"}},
+	{"rds", []string{"verbs", "verbs/softroce", "ibdev", "conn", "internal/epoch", "internal/ref", "internal/slab", "internal/packetio", "internal/invariants", "internal/pagemem"}},
 }
 
 // outside is what core packages may import beyond the standard library and each other.
