@@ -49,7 +49,7 @@ type Caps struct {
 }
 
 // Conn carries datagrams of one local address and port. Recv, Send and Wait are each called by one
-// goroutine at a time, but Wait may run beside Send and Recv; Wake and Close by any.
+// goroutine at a time, but Wait may run beside Send and Recv; Wake and Close by any, Unplug as it says.
 type Conn interface {
 	LocalAddr() netip.AddrPort
 	Caps() Caps
@@ -68,6 +68,10 @@ type Conn interface {
 	Wake()
 	// Dropped is the running count of datagrams the receive buffer could not take (SO_RXQ_OVFL).
 	Dropped() uint64
+	// Unplug gives address and port back: somebody else may Listen there once it has returned. What has arrived is
+	// gone, and what is sent from now on is lost, as if on the wire; Wait and Wake go on as before. Not beside Recv
+	// or Send.
+	Unplug()
 	Close() error
 }
 

@@ -23,6 +23,7 @@ type conn struct {
 	dropped uint64
 	woken   bool // Wake was called since Wait returned
 	closed  bool
+	off     bool // Unplug was called
 
 	leaving []departure // trains sent and not yet departed, in order
 	txBytes int         // their bytes
@@ -92,8 +93,11 @@ func (c *conn) Send(ts []packetio.TxTrain) (int, error) {
 	defer n.mu.Unlock()
 	defer n.arm()
 	for i := range ts {
-		if c.closed {
+		switch {
+		case c.closed:
 			return i, net.ErrClosed
+		case c.off:
+			return len(ts), nil
 		}
 		if err := c.sendTrain(&ts[i]); err != nil {
 			return i, err
@@ -245,6 +249,21 @@ func (c *conn) Dropped() uint64 {
 	return c.dropped
 }
 
+func (c *conn) Unplug() {
+	c.net.mu.Lock()
+	defer c.net.mu.Unlock()
+	c.off = true
+	c.leaveLocked()
+}
+
+// leaveLocked gives up the address.
+func (c *conn) leaveLocked() {
+	c.rx, c.rxCost = nil, 0
+	if c.net.conns[c.local] == c { // after Unplug it may be another's
+		delete(c.net.conns, c.local)
+	}
+}
+
 func (c *conn) Close() error {
 	c.net.mu.Lock()
 	defer c.net.mu.Unlock()
@@ -255,8 +274,7 @@ func (c *conn) Close() error {
 func (c *conn) closeLocked() {
 	if !c.closed {
 		c.closed = true
-		c.rx, c.rxCost = nil, 0
-		delete(c.net.conns, c.local)
+		c.leaveLocked()
 		c.signal()
 	}
 }

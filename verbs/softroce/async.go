@@ -15,6 +15,7 @@ type asyncQueue struct {
 	queue   []verbs.AsyncEvent
 	running bool
 	stopped bool
+	missed  bool // the device was removed while there was nobody to hear it
 }
 
 // maxAsync bounds events not yet delivered.
@@ -25,7 +26,12 @@ func (d *device) SetAsyncHandler(f func(verbs.AsyncEvent)) {
 	a := &d.events
 	a.mu.Lock()
 	a.handler = f
+	missed := f != nil && a.missed
+	a.missed = a.missed && !missed
 	a.mu.Unlock()
+	if missed {
+		d.async(verbs.AsyncEvent{Type: verbs.EventDeviceRemoved})
+	}
 }
 
 // async queues an event. Never waits.
@@ -34,6 +40,7 @@ func (d *device) async(e verbs.AsyncEvent) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.handler == nil || a.stopped {
+		a.missed = a.missed || e.Type == verbs.EventDeviceRemoved
 		return
 	}
 	if len(a.queue) >= maxAsync {

@@ -72,31 +72,52 @@ func (c Config) withDefaults() Config {
 	return c
 }
 
-// Provider opens softroce devices: verbs.Provider.
+// Provider opens softroce devices: verbs.Provider and verbs.DeviceWatcher.
 type Provider struct {
-	cfg  Config
-	mu   sync.Mutex
-	devs map[netip.Addr]*device
+	cfg Config
+
+	// changes is held while devices come or go, events of it being queued included; it is taken before mu.
+	changes  sync.Mutex
+	watchers []*watcher
+	mon      *monitor                // nil: nobody watches, or the network is not the host's
+	host     *hostAddrs              // with mon: what the host had when last looked at
+	lost     map[netip.Addr]struct{} // removed because an address could no longer be used that no interface had
+
+	mu      sync.Mutex
+	devs    map[netip.Addr]*device // open, and not removed
+	removed map[netip.Addr]bool    // by Remove
 }
 
 // New makes a provider.
 func New(cfg Config) *Provider {
-	return &Provider{cfg: cfg.withDefaults(), devs: make(map[netip.Addr]*device)}
+	return &Provider{cfg: cfg.withDefaults(), devs: make(map[netip.Addr]*device), removed: make(map[netip.Addr]bool),
+		lost: make(map[netip.Addr]struct{})}
 }
 
 // Name implements verbs.Provider.
 func (*Provider) Name() string { return "softroce" }
 
+func checkAddr(addr netip.Addr) error {
+	if !addr.IsValid() || addr.IsUnspecified() || addr.IsMulticast() || addr == netip.AddrFrom4([4]byte{255, 255, 255, 255}) {
+		return fmt.Errorf("%v is not a unicast address: %w", addr, verbs.ErrInvalid)
+	}
+	return nil
+}
+
 // OpenDevice opens a device on a local unicast address. Errors match verbs.ErrNoSuchAddress when the host
-// does not have the address, verbs.ErrBusy when it is opened already, here or elsewhere.
+// does not have the address or it was removed, verbs.ErrBusy when it is opened already, here or elsewhere.
 func (p *Provider) OpenDevice(addr netip.Addr) (verbs.Device, error) {
 	addr = addr.Unmap()
-	if !addr.IsValid() || addr.IsUnspecified() || addr.IsMulticast() || addr == netip.AddrFrom4([4]byte{255, 255, 255, 255}) {
-		return nil, fmt.Errorf("open device: %v is not a unicast address: %w", addr, verbs.ErrInvalid)
+	if err := checkAddr(addr); err != nil {
+		return nil, fmt.Errorf("open device: %w", err)
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.devs[addr] != nil {
+	old := p.devs[addr]
+	if p.removed[addr] || old != nil && old.isRemoved() {
+		return nil, fmt.Errorf("open device %v, which was removed: %w", addr, verbs.ErrNoSuchAddress)
+	}
+	if old != nil {
 		return nil, &verbs.BusyError{Object: "address " + addr.String(), Holders: []string{"this process"}}
 	}
 	conn, err := p.cfg.Network.Listen(netip.AddrPortFrom(addr, p.cfg.Port))
@@ -145,6 +166,7 @@ type device struct {
 
 	// Under the engine role.
 	closing bool
+	off     bool // removed: see watch.go
 	part    *epoch.Participant
 	now     time.Time // read once per step
 	rx      [rxBatch]packetio.RxTrain
@@ -164,6 +186,7 @@ type device struct {
 	mu             sync.Mutex
 	srqs           map[*srq]struct{}
 	nPD, nCQ, nSRQ int
+	removed        bool
 	closed         bool
 	events         asyncQueue
 }
@@ -228,11 +251,17 @@ func (d *device) Connect(ctx context.Context, remote netip.AddrPort, vq verbs.QP
 	if q, ok := vq.(*qp); !ok || q.dev != d {
 		return nil, verbs.Connected{}, fmt.Errorf("connect: the QP is of another device: %w", verbs.ErrInvalid)
 	}
+	if d.isRemoved() {
+		return nil, verbs.Connected{}, fmt.Errorf("connect: %w", verbs.ErrDeviceGone)
+	}
 	return d.cm.connect(ctx, remote, vq, p, prepare)
 }
 
 // Listen implements verbs.Device.
 func (d *device) Listen(port uint16, handler func(verbs.ConnRequest)) (verbs.Listener, error) {
+	if d.isRemoved() {
+		return nil, fmt.Errorf("listen: %w", verbs.ErrDeviceGone)
+	}
 	return d.cm.listen(port, handler)
 }
 
@@ -261,8 +290,11 @@ func (d *device) releaseQPN(n verbs.QPN) { d.qps.remove(uint32(n)) }
 func (d *device) addChild(n *int, limit int) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.closed {
+	switch {
+	case d.closed:
 		return verbs.ErrClosed
+	case d.removed:
+		return verbs.ErrDeviceGone
 	}
 	if *n >= limit {
 		return fmt.Errorf("%d exist: %w", *n, verbs.ErrNoMemory)
@@ -318,7 +350,9 @@ func (d *device) Close() error {
 		err = errors.Join(err, d.ownEpoch.Close())
 	}
 	d.prov.mu.Lock()
-	delete(d.prov.devs, d.addr)
+	if d.prov.devs[d.addr] == d { // a removed device is in the table no more, and its successor may be
+		delete(d.prov.devs, d.addr)
+	}
 	d.prov.mu.Unlock()
 	return err
 }
@@ -340,6 +374,9 @@ func (d *device) AllocPD() (verbs.PD, error) {
 }
 
 func (p *pd) addChild() error {
+	if p.dev.isRemoved() {
+		return verbs.ErrDeviceGone
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed {

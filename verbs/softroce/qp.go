@@ -431,6 +431,9 @@ func (q *qp) Modify(a verbs.QPAttr, mask verbs.QPAttrMask) error {
 	if mask&verbs.QPStateBit != 0 {
 		to = a.State
 	}
+	if d.off && to != verbs.StateReset && to != verbs.StateErr {
+		return fmt.Errorf("modify QP: %w", verbs.ErrDeviceGone)
+	}
 	if err := checkMove(q.typ, from, to, mask); err != nil {
 		return err
 	}

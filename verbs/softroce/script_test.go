@@ -98,6 +98,12 @@ func (c *scriptConn) Wake() {
 	}
 }
 
+func (c *scriptConn) Unplug() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.in, c.full = nil, false
+}
+
 func (c *scriptConn) Close() error {
 	c.mu.Lock()
 	c.done = true

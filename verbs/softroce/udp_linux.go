@@ -42,6 +42,7 @@ type udpConn struct {
 	mtuAt  time.Time
 	mtuMu  sync.Mutex
 	closed atomic.Bool
+	off    atomic.Bool // Unplug was called: fd is closed
 
 	// Receive side, one caller at a time.
 	rmsgs  [rxBatch]mmsghdr
@@ -209,7 +210,10 @@ func (c *udpConn) closeFDs() {
 	} else if c.ep >= 0 {
 		unix.Close(c.ep)
 	}
-	for _, fd := range []int{c.fd, c.evfd, c.timer} {
+	if c.fd >= 0 && !c.off.Load() {
+		unix.Close(c.fd)
+	}
+	for _, fd := range []int{c.evfd, c.timer} {
 		if fd >= 0 {
 			unix.Close(fd)
 		}
@@ -317,6 +321,9 @@ func (c *udpConn) Linear(i int) []byte {
 
 // recv receives at most n messages.
 func (c *udpConn) recv(ts []packetio.RxTrain, n int) (int, error) {
+	if c.off.Load() {
+		return 0, nil
+	}
 	for i := range n {
 		h := &c.rmsgs[i].hdr
 		h.Namelen = unix.SizeofSockaddrInet6
@@ -412,6 +419,9 @@ func (c *udpConn) name(sa *unix.RawSockaddrInet6, a netip.AddrPort) uint32 {
 
 // Send implements packetio.Conn.
 func (c *udpConn) Send(ts []packetio.TxTrain) (int, error) {
+	if c.off.Load() {
+		return len(ts), nil
+	}
 	n := min(len(ts), maxTrains)
 	k := 0
 	for i := range n {
@@ -517,6 +527,9 @@ func (c *udpConn) Sleep(deadline time.Time) error {
 func (c *udpConn) Arm() { c.arm(unix.EPOLLIN) }
 
 func (c *udpConn) arm(events uint32) {
+	if c.off.Load() {
+		return // and who has just missed it names a descriptor that this epoll instance does not have
+	}
 	unix.EpollCtl(c.ep, unix.EPOLL_CTL_MOD, c.fd, &unix.EpollEvent{Events: events | unix.EPOLLONESHOT, Fd: int32(c.fd)})
 }
 
@@ -564,6 +577,13 @@ func (c *udpConn) Wake() {
 	}
 	one := [8]byte{1}
 	unix.Write(c.evfd, one[:])
+}
+
+// Unplug implements packetio.Conn. Closing the socket takes it out of the epoll instance.
+func (c *udpConn) Unplug() {
+	if !c.off.Swap(true) {
+		unix.Close(c.fd)
+	}
 }
 
 // Close implements packetio.Conn. Nobody is in Recv, Send or Wait any more.
