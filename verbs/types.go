@@ -255,6 +255,8 @@ type PagedMemory interface {
 	// Populate brings in the pages of [off, off+n), for writing if write. It may wait for the disk.
 	// The error is the kernel's.
 	Populate(off, n int, write bool) error
+	// Resident calls fn, in order, for each run of pages in [off, off+n) that are in memory at this moment.
+	Resident(off, n int, fn func(off, n int)) error
 	// Watch calls fn for each range whose pages were, or are about to be, taken away, until stop has
 	// returned. When fn returns, nothing may touch the range without populating it again; fn may wait for
 	// accesses in flight. gone says that the range is no part of the memory any more: it is not to be

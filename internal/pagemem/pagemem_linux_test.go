@@ -444,3 +444,57 @@ func BenchmarkTouch(b *testing.B) {
 		})
 	}
 }
+
+// TestSection sees to it that a section speaks of itself in its own offsets.
+func TestSection(t *testing.T) {
+	m := open(t, 8)
+	defer closeMemory(t, m)
+	ps := PageSize()
+	s, err := m.Section(2*ps+100, 2*ps) // pages 2, 3 and 4, in part
+	if err != nil {
+		t.Fatal(err)
+	}
+	if a := s.Alias(); len(a) != 2*ps || cap(a) != 2*ps || &a[0] != &m.Alias()[2*ps+100] {
+		t.Fatalf("alias of %d bytes, capacity %d, at the wrong place or of the wrong size", len(a), cap(a))
+	}
+	type run struct {
+		off, n int
+		gone   bool
+	}
+	var told []run
+	stop, err := s.Watch(func(off, n int, gone bool) { told = append(told, run{off, n, gone}) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stop()
+	if err := s.Populate(ps, 1, true); err != nil {
+		t.Fatal(err)
+	}
+	want(t, "resident in the memory", residentPages(t, m), []int{3})
+	var res []run
+	if err := s.Resident(0, 2*ps, func(off, n int) { res = append(res, run{off, n, false}) }); err != nil {
+		t.Fatal(err)
+	}
+	want(t, "resident in the section", res, []run{{ps - 100, ps, false}})
+	for _, p := range []int{1, 2, 5} { // outside, in part, outside
+		if err := m.Discard(p*ps, ps); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := unix.MunmapPtr(unsafe.Pointer(&m.Bytes()[4*ps]), uintptr(ps)); err != nil {
+		t.Fatal(err)
+	}
+	m.Sync()
+	want(t, "told", told, []run{{0, ps - 100, false}, {2*ps - 100, 100, true}})
+	if err := s.Populate(2*ps-1, 1, false); !errors.Is(err, unix.EFAULT) {
+		t.Errorf("populating the part that is gone: %v", err)
+	}
+	for _, c := range [][2]int{{-1, 1}, {0, 0}, {0, 8*ps + 1}, {8 * ps, 1}} {
+		if _, err := m.Section(c[0], c[1]); !errors.Is(err, unix.EINVAL) {
+			t.Errorf("Section%v: %v", c, err)
+		}
+	}
+	if err := s.Populate(0, 2*ps+1, false); !errors.Is(err, unix.EFAULT) {
+		t.Errorf("populating more than the section: %v", err)
+	}
+}
