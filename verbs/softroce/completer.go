@@ -25,7 +25,7 @@ func (d *device) response(q *qp, pk *roce.Packet) {
 		// A NAK with the PSN of a READ in progress concerns that READ (rocev2 spec 3.7).
 		if pk.Op == roce.RCAck && (kind == 1 || kind == 3) && syn != roce.SynNAKSeq && p.Less(q.una) {
 			if h := q.head.Load(); h != q.tail.Load() {
-				if w := q.slot(h); w.op == verbs.OpRead && w.started && p == w.first {
+				if w := q.slot(h); w.isRead() && w.started && p == w.first {
 					d.negative(q, syn, w.got)
 					return
 				}
@@ -66,7 +66,7 @@ func (d *device) probeAnswered(q *qp) {
 // resumePSN is where a go-back starts: una, or the first missing response of a READ at the head.
 func (d *device) resumePSN(q *qp) psn.PSN {
 	if h := q.head.Load(); h != q.tail.Load() {
-		if w := q.slot(h); w.started && w.op == verbs.OpRead && q.una.LessEq(w.got) && w.got.LessEq(w.last()) {
+		if w := q.slot(h); w.started && w.isRead() && q.una.LessEq(w.got) && w.got.LessEq(w.last()) {
 			return w.got
 		}
 	}
@@ -147,11 +147,23 @@ func (q *qp) afterMove() {
 var sendWCOpcode = [...]verbs.WCOpcode{
 	verbs.OpSend: verbs.WCSend, verbs.OpSendWithImm: verbs.WCSend, verbs.OpSendWithInv: verbs.WCSend,
 	verbs.OpWrite: verbs.WCWrite, verbs.OpWriteWithImm: verbs.WCWrite, verbs.OpRead: verbs.WCRead,
-	verbs.OpCompareSwap: verbs.WCCompareSwap, verbs.OpFetchAdd: verbs.WCFetchAdd,
+	verbs.OpCompareSwap: verbs.WCCompareSwap, verbs.OpFetchAdd: verbs.WCFetchAdd, verbs.OpReadWithInv: verbs.WCRead,
+	verbs.OpFastRegMR: verbs.WCFastRegMR, verbs.OpLocalInv: verbs.WCLocalInv, verbs.OpBindMW: verbs.WCBindMW,
 }
 
-// finishSend completes the head request with success.
+// finishSend completes the head request with success, and with it the local operations right behind, which have
+// waited for their turn. So the head is never a local operation that has been executed.
 func (q *qp) finishSend(h uint32, w *swqe) {
+	q.finishOne(h, w)
+	for h++; h != q.tail.Load(); h++ {
+		if w = q.slot(h); !w.isLocal() || !w.started {
+			break
+		}
+		q.finishOne(h, w)
+	}
+}
+
+func (q *qp) finishOne(h uint32, w *swqe) {
 	if w.out {
 		q.rdOut--
 	}
@@ -186,7 +198,7 @@ func (d *device) negative(q *qp, syn uint8, p psn.PSN) {
 		q.probing = false
 		return
 	}
-	if h := q.head.Load(); h != q.tail.Load() && q.slot(h).op == verbs.OpRead && q.slot(h).started && p.InRange(q.slot(h).first, q.slot(h).last().Add(1)) {
+	if h := q.head.Load(); h != q.tail.Load() && q.slot(h).isRead() && q.slot(h).started && p.InRange(q.slot(h).first, q.slot(h).last().Add(1)) {
 		// The READ at the head is what failed; nothing before it is left.
 	} else if !d.acknowledge(q, p, false) {
 		return
@@ -235,7 +247,7 @@ func (d *device) readResponse(q *qp, pk *roce.Packet, p psn.PSN) {
 	if !w.started || !p.InRange(w.first, w.last().Add(1)) {
 		return
 	}
-	if w.op != verbs.OpRead {
+	if !w.isRead() {
 		q.fail(w, verbs.WCBadRespErr)
 		return
 	}
@@ -270,14 +282,19 @@ func (d *device) readResponse(q *qp, pk *roce.Packet, p psn.PSN) {
 		q.fail(w, verbs.WCLocLenErr)
 		return
 	}
-	if !usable(w.sgs, true) {
+	sgs, o, v := d.reach(w.sgs, off, n, true)
+	if v != granted {
 		q.fail(w, verbs.WCLocProtErr)
 		return
 	}
-	scatter(w.sgs, off, pk.Payload)
+	scatter(sgs, o, pk.Payload)
 	w.got = p.Add(1)
 	q.una = w.got
 	if last {
+		if w.op == verbs.OpReadWithInv && !d.invalidate(q, w.imm, false) {
+			q.fail(w, verbs.WCLocQPOpErr)
+			return
+		}
 		q.cumUna = w.startCum + w.cost
 		q.finishSend(h, w)
 	}
@@ -308,13 +325,14 @@ func (d *device) atomicResponse(q *qp, pk *roce.Packet, p psn.PSN) {
 		q.fail(w, verbs.WCBadRespErr)
 		return
 	}
-	if !usable(w.sgs, true) {
+	sgs, o, v := d.reach(w.sgs, 0, 8, true)
+	if v != granted {
 		q.fail(w, verbs.WCLocProtErr)
 		return
 	}
-	var v [8]byte
-	binary.NativeEndian.PutUint64(v[:], pk.AtomicAck())
-	scatter(w.sgs, 0, v[:])
+	var orig [8]byte
+	binary.NativeEndian.PutUint64(orig[:], pk.AtomicAck())
+	scatter(sgs, o, orig[:])
 	q.una = p.Add(1)
 	q.cumUna = w.startCum + w.cost
 	w.got = q.una

@@ -142,6 +142,7 @@ type device struct {
 	cm   *connManager
 	qps  table[qp]
 	mrs  table[mr]
+	mws  table[mw] // its keys are the other half of those of mrs
 
 	ownEpoch *epoch.Domain // to close with the device; nil when the configuration gave one
 	stats    counters
@@ -172,6 +173,7 @@ type device struct {
 	rx      [rxBatch]packetio.RxTrain
 	train   *packetio.RxTrain // being taken apart
 	place   placement
+	direct  []sge // see translate
 	tx      txBatch
 	timers  timerHeap
 	txq     []*qp
@@ -197,6 +199,8 @@ func newDevice(p *Provider, addr netip.Addr, conn packetio.Conn) *device {
 		GUID:  d.random64()&^(0xff<<56) | 0x02<<56, // locally administered
 		MaxQP: 1 << 16, MaxQPWR: 1 << 15, MaxSGE: 32, MaxCQ: 1 << 16, MaxCQE: 1 << 20, MaxSRQ: 1 << 12, MaxSRQWR: 1 << 16,
 		MaxMR: 1 << 20, MaxMRBytes: 1 << 40, MaxRDAtomic: 128, MaxMsgBytes: maxMessage,
+		Caps:  verbs.CapMemMgtExtensions | verbs.CapReadWithInv | verbs.CapMW1 | verbs.CapMW2A | verbs.CapMW2B | verbs.CapAtomics,
+		MaxMW: 1 << 20, MaxFastRegPageListLen: maxFastRegPages,
 		ActiveMTU:    verbs.MTU(roce.PathMTU(d.caps.MTU)),
 		RecvWindow:   d.recvWindow(),
 		PreferredMsg: 15 * 4096, // also 60 packets of 1024: a GSO train in either case
@@ -204,8 +208,9 @@ func newDevice(p *Provider, addr netip.Addr, conn packetio.Conn) *device {
 	if d.attr.ActiveMTU == 0 {
 		d.attr.ActiveMTU = verbs.MTU256
 	}
-	d.qps.init(uint32(d.random64()), 16, d.attr.MaxQP)
-	d.mrs.init(uint32(d.random64()), 1, d.attr.MaxMR)
+	d.qps.init(uint32(d.random64()), 16, 0xfffffe, d.attr.MaxQP) // 0xffffff is the multicast QPN
+	d.mrs.init(uint32(d.random64()), 1, firstWindow-1, d.attr.MaxMR)
+	d.mws.init(uint32(d.random64()), firstWindow, lastIndex, d.attr.MaxMW)
 	e := p.cfg.Epoch
 	if e == nil {
 		e = epoch.NewDomain()
@@ -400,7 +405,7 @@ func (p *pd) Close() error {
 		return nil
 	}
 	if p.children > 0 {
-		return &verbs.BusyError{Object: "protection domain", Holders: []string{fmt.Sprintf("%d regions, queue pairs and shared receive queues", p.children)}}
+		return &verbs.BusyError{Object: "protection domain", Holders: []string{fmt.Sprintf("%d regions, windows, page lists, queue pairs and shared receive queues", p.children)}}
 	}
 	p.closed = true
 	p.dev.dropChild(&p.dev.nPD)

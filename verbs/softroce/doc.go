@@ -24,7 +24,6 @@
 //
 // # Limitations
 //
-// One port, P_Key 0xFFFF, no LAP/APR, no UC, no XRC. Memory windows and fast registration are not
-// implemented. IPv4 peers that send without DF are dropped (their ICRC cannot be told from
+// One port, P_Key 0xFFFF, no LAP/APR, no UC, no XRC. IPv4 peers that send without DF are dropped (their ICRC cannot be told from
 // corruption with confidence: rocev2 spec 2.8).
 package softroce

@@ -77,10 +77,10 @@ func (pl *placement) offer() (k int) {
 	s := pl.srq
 	for h := s.head.Load(); k < len(pl.bufs) && h != s.tail.Load(); h++ {
 		w := s.slot(h)
-		if w.bad || len(w.sgs) != 1 || len(w.sgs[0].buf) < pl.layout.Segs*pl.layout.Payload || !usable(w.sgs, true) {
+		if w.bad || len(w.sgs) != 1 || w.sgs[0].base == nil || int(w.sgs[0].n) < pl.layout.Segs*pl.layout.Payload || mayUse(w.sgs, true) != granted {
 			break
 		}
-		pl.bufs[k] = w.sgs[0].buf
+		pl.bufs[k] = w.sgs[0].bytes()
 		k++
 	}
 	return k
@@ -142,7 +142,7 @@ func (r *recvRing) takeBuf(dst *rwqe, buf []byte) bool {
 	h := r.head.Load()
 	for i := h; i != r.tail.Load() && i-h < 2; i++ {
 		w := r.slot(i)
-		if len(w.sgs) == 1 && &w.sgs[0].buf[0] == &buf[0] {
+		if len(w.sgs) == 1 && w.sgs[0].base == &buf[0] {
 			if i != h { // the one before it was offered too and not used: it stays first
 				first := r.slot(h)
 				w.id, first.id = first.id, w.id

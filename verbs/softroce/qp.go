@@ -21,19 +21,17 @@ type swqe struct {
 	id       uint64
 	op       verbs.SendOpcode
 	flags    verbs.SendFlags
-	bad      bool // a key was wrong at post
-	started  bool // PSNs assigned, at least one packet sent
-	out      bool // READ, atomic: counted in rdOut
-	imm      uint32
+	bad      bool   // a key was wrong at post
+	indirect bool   // elements of sgs are looked up at each access
+	started  bool   // PSNs assigned, at least one packet sent; a local operation: executed
+	out      bool   // READ, atomic: counted in rdOut
+	imm      uint32 // also the local key of READ with invalidate, the access of FAST_REG_MR, BIND_MW
 	total    uint32
-	rkey     uint32
-	raddr    uint64
-	cmp      uint64
+	rkey     uint32 // also the key of a local operation
+	raddr    uint64 // also the IOVA of FAST_REG_MR, the address of BIND_MW
+	cmp      uint64 // also the length of BIND_MW
 	swap     uint64
 	sgs      []sge
-	ah       verbs.AH // UD
-	rqpn     uint32   // UD
-	rqkey    uint32   // UD
 	first    psn.PSN
 	npkts    int
 	cost     uint64  // bytes the message's packets cost the peer's receive buffer
@@ -43,7 +41,20 @@ type swqe struct {
 }
 
 func (w *swqe) last() psn.PSN    { return w.first.Add(w.npkts - 1) }
-func (w *swqe) isReadLike() bool { return w.op >= verbs.OpRead }
+func (w *swqe) isRead() bool     { return w.op == verbs.OpRead || w.op == verbs.OpReadWithInv }
+func (w *swqe) isReadLike() bool { return w.op >= verbs.OpRead && w.op <= verbs.OpReadWithInv }
+func (w *swqe) isLocal() bool    { return w.op >= verbs.OpFastRegMR }
+
+// swqeExt is what only UD sends and local operations have more.
+type swqeExt struct {
+	ah    verbs.AH
+	rqpn  uint32
+	rqkey uint32
+
+	mr   *mr // what FAST_REG_MR maps, LOCAL_INV frees, BIND_MW binds to; referenced
+	mw   *mw // what BIND_MW binds
+	list *pageList
+}
 
 // qp is a queue pair.
 type qp struct {
@@ -65,6 +76,7 @@ type qp struct {
 	sqMu    sync.Mutex
 	sq      []swqe
 	sqStore []sge
+	exts    []swqeExt     // one per slot, from the first request on that needs it
 	head    atomic.Uint32 // oldest incomplete request
 	tail    atomic.Uint32
 
@@ -86,7 +98,8 @@ type qp struct {
 	txList   bool // on dev.txq
 }
 
-func (q *qp) slot(i uint32) *swqe { return &q.sq[i&uint32(len(q.sq)-1)] }
+func (q *qp) slot(i uint32) *swqe   { return &q.sq[i&uint32(len(q.sq)-1)] }
+func (q *qp) ext(i uint32) *swqeExt { return &q.exts[i&uint32(len(q.exts)-1)] }
 
 // CreateQP implements verbs.PD.
 func (p *pd) CreateQP(cfg verbs.QPConfig) (verbs.QP, error) {
@@ -188,8 +201,15 @@ func (q *qp) postLocked(wrs []verbs.SendWR) (int, error) {
 		if len(wr.SGs) > q.cfg.MaxSendSGE {
 			return i, fmt.Errorf("post send: %d SGEs, limit %d: %w", len(wr.SGs), q.cfg.MaxSendSGE, verbs.ErrInvalid)
 		}
-		if wr.Opcode < verbs.OpSend || wr.Opcode > verbs.OpFetchAdd {
+		if wr.Opcode < verbs.OpSend || wr.Opcode > verbs.OpBindMW {
 			return i, fmt.Errorf("post send: %v: %w", wr.Opcode, verbs.ErrInvalid)
+		}
+		if wr.Opcode >= verbs.OpFastRegMR {
+			if err := q.postLocalLocked(t, wr); err != nil {
+				return i, fmt.Errorf("post send: %v: %w", wr.Opcode, err)
+			}
+			q.tail.Store(t + 1)
+			continue
 		}
 		var total uint64
 		for k := range wr.SGs {
@@ -208,7 +228,9 @@ func (q *qp) postLocked(wrs []verbs.SendWR) (int, error) {
 		switch {
 		case wr.Opcode == verbs.OpSendWithInv:
 			w.rkey = uint32(wr.InvalidateRKey)
-		case wr.Opcode >= verbs.OpCompareSwap && total != 8:
+		case wr.Opcode == verbs.OpReadWithInv:
+			w.imm = uint32(wr.InvalidateRKey)
+		case (wr.Opcode == verbs.OpCompareSwap || wr.Opcode == verbs.OpFetchAdd) && total != 8:
 			return i, fmt.Errorf("post send: atomic with %d bytes of result: %w", total, verbs.ErrInvalid)
 		}
 		if q.typ == verbs.UD {
@@ -221,13 +243,85 @@ func (q *qp) postLocked(wrs []verbs.SendWR) (int, error) {
 			if int(total) > q.dev.attr.ActiveMTU.Bytes() {
 				return i, fmt.Errorf("post send: %d bytes on UD, MTU %d: %w", total, q.dev.attr.ActiveMTU.Bytes(), verbs.ErrInvalid)
 			}
-			w.ah, w.rqpn, w.rqkey = *wr.AH, uint32(wr.RemoteQPN), wr.RemoteQKey
+			*q.extend(t) = swqeExt{ah: *wr.AH, rqpn: uint32(wr.RemoteQPN), rqkey: wr.RemoteQKey}
 		}
 		m := uint32(q.cfg.MaxSendSGE)
-		w.sgs, _, w.bad = q.pd.resolve(q.sqStore[k*m:(k+1)*m:(k+1)*m], wr.SGs)
+		w.sgs, _, w.bad, w.indirect = q.pd.resolve(q.sqStore[k*m:(k+1)*m:(k+1)*m], wr.SGs)
 		q.tail.Store(t + 1)
 	}
 	return len(wrs), nil
+}
+
+// extend is ext for a poster, who may be the first to need it.
+func (q *qp) extend(i uint32) *swqeExt {
+	if q.exts == nil {
+		q.exts = make([]swqeExt, len(q.sq))
+	}
+	return q.ext(i)
+}
+
+// postLocalLocked queues a local operation at index t. Keys and states are looked at when it executes; here
+// only that it names objects of this device.
+func (q *qp) postLocalLocked(t uint32, wr *verbs.SendWR) error {
+	d := q.dev
+	if q.typ != verbs.RC || len(wr.SGs) > 0 {
+		return verbs.ErrInvalid
+	}
+	w := swqe{id: wr.ID, op: wr.Opcode, flags: wr.Flags}
+	if q.cfg.SignalAll {
+		w.flags |= verbs.SendSignaled
+	}
+	var x swqeExt
+	switch wr.Opcode {
+	case verbs.OpFastRegMR:
+		r := wr.FastReg
+		if r == nil {
+			return verbs.ErrInvalid
+		}
+		m, ok1 := r.MR.(*mr)
+		l, ok2 := r.Pages.(*pageList)
+		if !ok1 || !ok2 || m.pd.dev != d || l.pd.dev != d || m.fast == 0 {
+			return verbs.ErrInvalid
+		}
+		if !m.refs.TryGet() {
+			return verbs.ErrClosed
+		}
+		if err := l.take(); err != nil {
+			m.refs.Put()
+			return err
+		}
+		x.mr, x.list = m, l
+		w.rkey, w.raddr, w.imm = uint32(r.Key), r.IOVA, uint32(r.Access)
+	case verbs.OpLocalInv:
+		w.rkey = uint32(wr.InvalidateRKey)
+		if m := d.mrs.get(w.rkey >> 8); m != nil && m.refs.TryGet() {
+			x.mr = m
+		}
+	case verbs.OpBindMW:
+		b := wr.Bind
+		if b == nil {
+			return verbs.ErrInvalid
+		}
+		win, ok := b.MW.(*mw)
+		if !ok || win.pd.dev != d {
+			return verbs.ErrInvalid
+		}
+		if b.MR != nil {
+			m, ok := b.MR.(*mr)
+			if !ok || m.pd.dev != d {
+				return verbs.ErrInvalid
+			}
+			if !m.refs.TryGet() {
+				return verbs.ErrClosed
+			}
+			x.mr = m
+		}
+		x.mw = win
+		w.rkey, w.raddr, w.cmp, w.imm = uint32(b.Key), b.Addr, b.Length, uint32(b.Access)
+	}
+	*q.slot(t) = w
+	*q.extend(t) = x
+	return nil
 }
 
 // PostRecv implements verbs.QP.
@@ -300,8 +394,7 @@ func (q *qp) reset() {
 	d := q.dev
 	d.timers.remove(q)
 	for h := q.head.Load(); h != q.tail.Load(); h++ {
-		release(q.slot(h).sgs)
-		q.head.Store(h + 1)
+		q.freeSend(h, q.slot(h))
 	}
 	if q.srq == nil {
 		q.rq.discard()
@@ -582,11 +675,40 @@ func (q *qp) flushSends() {
 	q.cur = q.head.Load()
 }
 
-// freeSend releases slot h, which is the head. Engine role.
+// freeSend releases slot h, which is the head, with all references that the request holds: the only way a
+// send request ends. Engine role.
 func (q *qp) freeSend(h uint32, w *swqe) {
+	if w.indirect && w.started {
+		q.countUses(w, -1)
+	}
 	release(w.sgs)
 	w.sgs = nil
+	if w.isLocal() {
+		x := q.ext(h)
+		if x.mr != nil {
+			x.mr.refs.Put()
+		}
+		if x.list != nil {
+			x.list.give()
+		}
+		*x = swqeExt{}
+	}
 	q.head.Store(h + 1)
+}
+
+// countUses counts a started request in the regions it looks up.
+func (q *qp) countUses(w *swqe, n int) {
+	for i := range w.sgs {
+		if s := &w.sgs[i]; s.base == nil {
+			s.mr.uses += n
+		}
+	}
+}
+
+// names reports whether send request i references m. Engine role.
+func (q *qp) names(i uint32, m *mr) bool {
+	w := q.slot(i)
+	return namesRegion(w.sgs, m) || w.isLocal() && q.ext(i).mr == m
 }
 
 // complete queues a completion; a full CQ moves the QP to ERR (rocev2 spec 5.6).
@@ -595,45 +717,6 @@ func (q *qp) complete(c *cq, wc *verbs.WC, solicited bool) {
 		q.errReq.Store(true)
 		q.dev.kick(q)
 	}
-}
-
-// holdersOf names what references m. May wait.
-func (d *device) holdersOf(m *mr) []string {
-	d.role.Lock()
-	defer d.unlockRole()
-	var out []string
-	add := func(n int, format string, args ...any) {
-		if n > 0 {
-			out = append(out, fmt.Sprintf("%d ", n)+fmt.Sprintf(format, args...))
-		}
-	}
-	d.qps.each(func(q *qp) {
-		if q.closed.Load() {
-			return
-		}
-		n := 0
-		for h := q.head.Load(); h != q.tail.Load(); h++ {
-			if namesRegion(q.slot(h).sgs, m) {
-				n++
-			}
-		}
-		add(n, "send requests of QP %d", q.num)
-		if q.srq == nil {
-			add(q.rq.holds(m), "receive requests of QP %d", q.num)
-		}
-		if q.inMessage && namesRegion(q.w.sgs, m) {
-			add(1, "receive request in use by QP %d", q.num)
-		}
-	})
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	for s := range d.srqs {
-		add(s.holds(m), "receive requests of a shared receive queue")
-	}
-	if len(out) == 0 {
-		out = append(out, "an operation in progress")
-	}
-	return out
 }
 
 // Sender constants that are not attributes.

@@ -61,7 +61,7 @@ func (r *recvRing) post(wrs []verbs.RecvWR) (int, error) {
 		}
 		k := int(t & uint32(len(r.slots)-1))
 		w := &r.slots[k]
-		sgs, total, bad := r.pd.resolve(r.store[k*r.maxSGE:(k+1)*r.maxSGE:(k+1)*r.maxSGE], wr.SGs)
+		sgs, total, bad, _ := r.pd.resolve(r.store[k*r.maxSGE:(k+1)*r.maxSGE:(k+1)*r.maxSGE], wr.SGs)
 		if total > maxMessage {
 			release(sgs)
 			return i, fmt.Errorf("post receive: %d bytes: %w", total, verbs.ErrInvalid)

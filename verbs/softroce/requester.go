@@ -92,6 +92,18 @@ func (d *device) runRequester(q *qp) (more bool) {
 			return true
 		}
 		w := q.slot(q.cur)
+		if w.isLocal() {
+			if !w.started && !d.execute(q, w, st) {
+				return false
+			}
+			if int32(q.cur-q.head.Load()) < 0 { // it completed
+				q.cur = q.head.Load()
+			} else {
+				q.cur++
+			}
+			sent++
+			continue
+		}
 		if !w.started && !q.start(w, st) {
 			return false
 		}
@@ -125,19 +137,22 @@ func (q *qp) start(w *swqe, st verbs.QPState) bool {
 			return false
 		}
 	}
-	if w.bad || !usable(w.sgs, w.isReadLike()) {
+	if w.bad || mayUse(w.sgs, w.isReadLike()) != granted {
 		if q.head.Load() == q.cur {
 			q.fail(w, verbs.WCLocProtErr)
 		}
 		return false
 	}
 	w.started = true
+	if w.indirect {
+		q.countUses(w, 1)
+	}
 	w.first = q.max
 	w.npkts = 1
 	w.cost = pktOverhead
 	if w.op != verbs.OpCompareSwap && w.op != verbs.OpFetchAdd {
 		w.npkts = max(1, (int(w.total)+q.pmtu-1)/q.pmtu)
-		if w.op != verbs.OpRead {
+		if !w.isRead() {
 			w.cost = uint64(w.total) + uint64(w.npkts)*pktOverhead
 		}
 	}
@@ -145,6 +160,56 @@ func (q *qp) start(w *swqe, st verbs.QPState) bool {
 	q.cumNew += w.cost
 	w.got, w.asked = w.first, w.first
 	return true
+}
+
+// execute carries out the local operation w, to which the queue has come, once and for good: a go-back passes it
+// by. It takes no PSN. Like any request it completes when all before it have (finishSend).
+func (d *device) execute(q *qp, w *swqe, st verbs.QPState) bool {
+	if st == verbs.StateSQD || w.flags&verbs.SendFence != 0 && q.rdOut > 0 {
+		return false
+	}
+	h, x := q.head.Load(), q.ext(q.cur)
+	ok, status := false, verbs.WCLocQPOpErr
+	switch w.op {
+	case verbs.OpFastRegMR:
+		ok = d.fastReg(q, w, x)
+	case verbs.OpLocalInv:
+		if m := x.mr; m != nil && m.indirect() {
+			if m.uses > 0 && q.inUse(m) {
+				return false // until the requests that use it are complete
+			}
+			if d.tx.names(m) {
+				if d.tx.flush(); d.tx.blocked {
+					d.queueTX(q)
+					return false
+				}
+			}
+		}
+		ok = d.invalidate(q, w.rkey, false)
+	case verbs.OpBindMW:
+		ok, status = d.bind(q, w, x), verbs.WCMWBindErr
+	}
+	if !ok {
+		if h == q.cur { // earlier requests finish first
+			q.fail(w, status)
+		}
+		return false
+	}
+	w.started, w.first, w.npkts, w.startCum = true, q.max, 0, q.cumNew
+	if h == q.cur {
+		q.finishSend(h, w)
+	}
+	return true
+}
+
+// inUse reports whether a request before cur, not complete yet, looks m up.
+func (q *qp) inUse(m *mr) bool {
+	for i := q.head.Load(); i != q.cur; i++ {
+		if w := q.slot(i); w.indirect && w.started && namesRegion(w.sgs, m) {
+			return true
+		}
+	}
+	return false
 }
 
 // cumAt is the cost of everything before PSN p of the started request w.
@@ -185,7 +250,7 @@ func (d *device) sendFrom(q *qp, w *swqe, limit int) (sent int, stop bool) {
 			return sent, true
 		}
 		step := 1
-		if w.op == verbs.OpRead {
+		if w.isRead() {
 			step = w.npkts - k
 		}
 		last := k+step == w.npkts
@@ -195,7 +260,13 @@ func (d *device) sendFrom(q *qp, w *swqe, limit int) (sent int, stop bool) {
 		if ack {
 			q.sinceAck = 0
 		}
-		d.emitRequest(q, w, k, ack)
+		if d.emitRequest(q, w, k, ack) != granted {
+			// The region it sends from is no longer what it was when it started.
+			if q.head.Load() == q.cur {
+				q.fail(w, verbs.WCLocProtErr)
+			}
+			return sent, true
+		}
 		if resend {
 			d.stats.add(cRetransmits, 1)
 		}
@@ -203,10 +274,10 @@ func (d *device) sendFrom(q *qp, w *swqe, limit int) (sent int, stop bool) {
 			w.out = true
 			q.rdOut++
 		}
-		if w.op == verbs.OpRead {
+		if w.isRead() {
 			w.asked = q.nxt
 		}
-		if q.timedAt.IsZero() && ack && !resend && w.op != verbs.OpRead {
+		if q.timedAt.IsZero() && ack && !resend && !w.isRead() {
 			q.timedPSN, q.timedAt = q.nxt, d.now
 		}
 		q.nxt = q.nxt.Add(step)
@@ -229,18 +300,18 @@ func (d *device) sendFrom(q *qp, w *swqe, limit int) (sent int, stop bool) {
 	return sent, false
 }
 
-// emitRequest sends packet k of w.
-func (d *device) emitRequest(q *qp, w *swqe, k int, ack bool) {
+// emitRequest sends packet k of w, unless its memory cannot be had.
+func (d *device) emitRequest(q *qp, w *swqe, k int, ack bool) verdict {
 	p := w.first.Add(k)
 	off := uint32(k * q.pmtu)
 	var b pktBuilder
 	switch w.op {
-	case verbs.OpRead:
+	case verbs.OpRead, verbs.OpReadWithInv:
 		rem := w.total - min(off, w.total)
 		b.begin(d, q, roce.RCReadRequest, roce.BTHLen+roce.RETHLen, 0)
 		roce.PutRETH(b.hdr[roce.BTHLen:], w.raddr+uint64(off), w.rkey, rem)
 		b.finish(d, q, roce.RCReadRequest, false, true, q.attr.DestQPN, p, nil, 0)
-		return
+		return granted
 	case verbs.OpCompareSwap, verbs.OpFetchAdd:
 		op, a, c := roce.RCFetchAdd, w.cmp, uint64(0)
 		if w.op == verbs.OpCompareSwap {
@@ -249,9 +320,16 @@ func (d *device) emitRequest(q *qp, w *swqe, k int, ack bool) {
 		b.begin(d, q, op, roce.BTHLen+roce.AtomicETHLen, 0)
 		roce.PutAtomicETH(b.hdr[roce.BTHLen:], w.raddr, w.rkey, a, c)
 		b.finish(d, q, op, false, true, q.attr.DestQPN, p, nil, 0)
-		return
+		return granted
 	}
 	n := min(uint32(q.pmtu), w.total-off)
+	sgs, at := w.sgs, off
+	if w.indirect {
+		var v verdict
+		if sgs, at, v = d.translate(w.sgs, off, n, false); v != granted {
+			return v
+		}
+	}
 	first, last := k == 0, k == w.npkts-1
 	op := requestOpcode(w.op, first, last)
 	b.begin(d, q, op, op.Info().HdrLen, int(n))
@@ -269,7 +347,8 @@ func (d *device) emitRequest(q *qp, w *swqe, k int, ack bool) {
 		}
 	}
 	se := last && w.flags&verbs.SendSolicited != 0 && w.op != verbs.OpWrite
-	b.finish(d, q, op, se, ack, q.attr.DestQPN, p, w.sgs, off)
+	b.finish(d, q, op, se, ack, q.attr.DestQPN, p, sgs, at)
+	return granted
 }
 
 func putU32(b []byte, v uint32) {
@@ -476,7 +555,9 @@ func (d *device) probe(q *qp) {
 	if k < 0 || k >= w.npkts {
 		k = 0
 	}
-	d.emitRequest(q, w, k, true)
+	if d.emitRequest(q, w, k, true) != granted {
+		q.fail(w, verbs.WCLocProtErr)
+	}
 }
 
 // fail completes w, the oldest request, with a status and moves the QP to ERR.

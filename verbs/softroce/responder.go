@@ -180,11 +180,12 @@ func (d *device) recvSend(q *qp, pk *roce.Packet, p psn.PSN, f roce.OpFlags) {
 		return
 	}
 	if n > 0 {
-		if q.w.bad || !usable(q.w.sgs, true) {
+		sgs, o, v := d.reach(q.w.sgs, q.got, n, true)
+		if q.w.bad || v != granted {
 			d.nakRecv(q, roce.SynNAKOp, verbs.WCLocProtErr)
 			return
 		}
-		scatter(q.w.sgs, q.got, pk.Payload)
+		scatter(sgs, o, pk.Payload)
 		q.got += n
 	}
 	end := f&roce.FlagEnd != 0
@@ -198,10 +199,13 @@ func (d *device) recvSend(q *qp, pk *roce.Packet, p psn.PSN, f roce.OpFlags) {
 	case f&roce.FlagImm != 0:
 		wc.Flags, wc.Imm = verbs.WCWithImm, pk.Imm()
 	case f&roce.FlagInv != 0:
-		// Invalidation needs a fast-registered region or a type 2 window, of which there is none: the
-		// data is placed, the key is not one that may be invalidated (rocev2 spec 4.6).
-		d.nakRecv(q, roce.SynNAKAccess, verbs.WCRemInvReqErr)
-		return
+		// The data is placed already. A key that may not be invalidated fails both sides (rocev2 spec 4.6).
+		key := pk.IETH()
+		if !d.invalidate(q, key, true) {
+			d.nakRecv(q, roce.SynNAKAccess, verbs.WCRemInvReqErr)
+			return
+		}
+		wc.Flags, wc.InvRKey = verbs.WCWithInvalidate, verbs.RKey(key)
 	}
 	d.deliverRecv(q, &wc, pk.BTH.SE())
 	d.executed(q, p, pk.BTH.AckReq(), true)
@@ -244,20 +248,18 @@ func (d *device) recvWrite(q *qp, pk *roce.Packet, p psn.PSN, f roce.OpFlags) {
 	}
 	if f&roce.FlagStart != 0 && q.length > 0 {
 		// The whole range is checked before the first byte is written.
-		m, _ := d.remote(q.pd, q.rkey, q.va, q.length, verbs.AccessRemoteWrite)
-		if m == nil {
+		if m, _ := d.grant(q, q.rkey, q.va, q.length, verbs.AccessRemoteWrite); m == nil {
 			d.nakRecv(q, roce.SynNAKAccess, verbs.WCRemAccessErr)
 			return
 		}
-		m.refs.Put()
 	}
 	if n > 0 {
-		m, b := d.remote(q.pd, q.rkey, q.va, n, verbs.AccessRemoteWrite)
-		if m == nil {
+		m, mem, v := d.remote(q, q.rkey, q.va, n, verbs.AccessRemoteWrite)
+		if v != granted {
 			d.nakRecv(q, roce.SynNAKAccess, verbs.WCRemAccessErr)
 			return
 		}
-		copy(b, pk.Payload)
+		scatter(mem, 0, pk.Payload)
 		m.refs.Put()
 		q.va += uint64(n)
 		q.remaining -= n
@@ -276,12 +278,10 @@ func (d *device) recvRead(q *qp, pk *roce.Packet, p psn.PSN) {
 		return
 	}
 	if r.Len() > 0 {
-		m, _ := d.remote(q.pd, r.RKey(), r.VA(), r.Len(), verbs.AccessRemoteRead)
-		if m == nil {
+		if m, _ := d.grant(q, r.RKey(), r.VA(), r.Len(), verbs.AccessRemoteRead); m == nil {
 			d.nak(q, roce.SynNAKAccess)
 			return
 		}
-		m.refs.Put()
 	}
 	n := max(1, (int(r.Len())+q.pmtu-1)/q.pmtu)
 	q.epsn = p.Add(n)
@@ -303,13 +303,13 @@ func (d *device) recvAtomic(q *qp, pk *roce.Packet, p psn.PSN) {
 		d.nak(q, roce.SynNAKInvReq)
 		return
 	}
-	m, b := d.remote(q.pd, a.RKey(), a.VA(), 8, verbs.AccessRemoteAtomic)
-	if m == nil {
+	m, mem, v := d.remote(q, a.RKey(), a.VA(), 8, verbs.AccessRemoteAtomic)
+	if v != granted {
 		d.nak(q, roce.SynNAKAccess)
 		return
 	}
-	w := word(b)
-	if uintptrOf(w)&7 != 0 { // an IOVA that is not aligned as its memory is
+	w := word(mem)
+	if w == nil { // an IOVA that is not aligned as its memory is
 		m.refs.Put()
 		d.nak(q, roce.SynNAKInvReq)
 		return
@@ -533,10 +533,11 @@ func (d *device) sendReadResponses(q *qp, w *rdWork, limit int) (sent int, ok bo
 		k := w.next.Sub(w.start)
 		off := uint32(k * q.pmtu)
 		n := min(uint32(q.pmtu), w.length-off)
-		var g [1]sge
 		var m *mr
+		var mem []sge
 		if n > 0 {
-			if m, g[0].buf = d.remote(q.pd, w.rkey, w.va+uint64(off), n, verbs.AccessRemoteRead); m == nil {
+			var v verdict
+			if m, mem, v = d.remote(q, w.rkey, w.va+uint64(off), n, verbs.AccessRemoteRead); v != granted {
 				return sent, false
 			}
 		}
@@ -558,7 +559,7 @@ func (d *device) sendReadResponses(q *qp, w *rdWork, limit int) (sent int, ok bo
 		if first || last {
 			roce.PutAETH(b.hdr[roce.BTHLen:], roce.SynACK, w.msn)
 		}
-		b.finish(d, q, op, false, false, q.attr.DestQPN, w.next, g[:], 0)
+		b.finish(d, q, op, false, false, q.attr.DestQPN, w.next, mem, 0)
 		w.next = w.next.Add(1)
 		sent++
 	}

@@ -18,12 +18,15 @@ type table[T any] struct {
 	count int
 	max   int
 	min   uint32 // lowest index handed out
+	last  uint32 // highest
 }
 
 type leaf[T any] [1 << 12]atomic.Pointer[T]
 
-func (t *table[T]) init(start, min uint32, max int) {
-	t.next, t.min, t.max = start&0xffffff, min, max
+// init makes the table for at most max objects at indices min to last, beginning anywhere.
+func (t *table[T]) init(start, min, last uint32, max int) {
+	t.min, t.last, t.max = min, last, max
+	t.next = min + start%(last-min+1)
 }
 
 // get returns the object at idx, or nil.
@@ -42,11 +45,10 @@ func (t *table[T]) reserve(mk func(idx uint32) *T) (*T, error) {
 	if t.count >= t.max {
 		return nil, fmt.Errorf("%d objects exist: %w", t.count, errNoMemory)
 	}
-	for range 1 << 24 {
+	for range t.last - t.min + 1 {
 		idx := t.next
-		t.next = (t.next + 1) & 0xffffff
-		if idx < t.min || idx == 0xffffff { // 0xffffff is the multicast QPN
-			continue
+		if t.next++; t.next > t.last {
+			t.next = t.min
 		}
 		l := t.root[idx>>12].Load()
 		if l == nil {

@@ -105,7 +105,7 @@ func (b *pktBuilder) finishFlow(d *device, f *roce.Flow, op roce.Opcode, se, ack
 	st := f.Begin(b.u, b.hdr)
 	inline := b.n <= inlinePayload
 	for left := b.n; left > 0; {
-		s := sgs[0].buf
+		s := sgs[0].bytes()
 		sgs = sgs[1:]
 		if off >= uint32(len(s)) {
 			off -= uint32(len(s))
@@ -239,6 +239,22 @@ func (t *txBatch) makeRoom() {
 		t.blocked = false
 		t.clear()
 	}
+}
+
+// names reports whether the batch may name memory of m.
+func (t *txBatch) names(m *mr) bool {
+	if len(t.trains) == 0 && !t.open {
+		return false
+	}
+	if m.uses > 0 {
+		return true
+	}
+	for _, r := range t.refs {
+		if r == m {
+			return true
+		}
+	}
+	return false
 }
 
 // dropQP makes sure that no packet of q waits in the batch: its memory is about to be given back. What

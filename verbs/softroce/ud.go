@@ -28,25 +28,27 @@ func (d *device) sendUD(q *qp) (more bool) {
 		}
 		h := q.cur
 		w := q.slot(h)
-		if w.bad || !usable(w.sgs, false) {
+		sgs, off, v := d.reach(w.sgs, 0, w.total, false)
+		if w.bad || v != granted {
 			q.failUD(w, verbs.WCLocProtErr)
 			return false
 		}
+		x := q.ext(h)
 		op := roce.UDSendOnly
 		if w.op == verbs.OpSendWithImm {
 			op = roce.UDSendOnlyImm
 		}
-		to := netip.AddrPortFrom(w.ah.Remote, d.conn.LocalAddr().Port())
+		to := netip.AddrPortFrom(x.ah.Remote, d.conn.LocalAddr().Port())
 		if to != q.peer {
 			q.peer, q.txFlow = to, roce.NewFlow(d.conn.LocalAddr(), to)
 		}
 		var b pktBuilder
-		b.beginTo(d, to, w.ah.TrafficClass, op.Info().HdrLen, int(w.total))
-		roce.PutDETH(b.hdr[roce.BTHLen:], w.rqkey, q.num)
+		b.beginTo(d, to, x.ah.TrafficClass, op.Info().HdrLen, int(w.total))
+		roce.PutDETH(b.hdr[roce.BTHLen:], x.rqkey, q.num)
 		if op == roce.UDSendOnlyImm {
 			roce.PutImm(b.hdr[roce.BTHLen+roce.DETHLen:], w.imm)
 		}
-		b.finish(d, q, op, w.flags&verbs.SendSolicited != 0, false, verbs.QPN(w.rqpn), q.nxt, w.sgs, 0)
+		b.finish(d, q, op, w.flags&verbs.SendSolicited != 0, false, verbs.QPN(x.rqpn), q.nxt, sgs, off)
 		q.nxt = q.nxt.Add(1)
 		q.una, q.max = q.nxt, q.nxt
 		q.cur++
@@ -112,7 +114,8 @@ func (d *device) recvUD(q *qp, t *packetio.RxTrain, raw []byte, pk *roce.Packet,
 		return
 	}
 	total := uint32(grhLen + len(pk.Payload))
-	if q.w.total < total || q.w.bad || !usable(q.w.sgs, true) {
+	sgs, o, got := d.reach(q.w.sgs, 0, min(total, q.w.total), true)
+	if q.w.total < total || q.w.bad || got != granted {
 		d.stats.add(cRxNoRecv, 1)
 		s := verbs.WCLocLenErr
 		if q.w.total >= total {
@@ -123,8 +126,8 @@ func (d *device) recvUD(q *qp, t *packetio.RxTrain, raw []byte, pk *roce.Packet,
 	}
 	var grh [grhLen]byte
 	d.makeGRH(&grh, t, len(raw))
-	scatter(q.w.sgs, 0, grh[:])
-	scatter(q.w.sgs, grhLen, pk.Payload)
+	scatter(sgs, o, grh[:])
+	scatter(sgs, o+grhLen, pk.Payload)
 	wc := verbs.WC{ID: q.w.id, Opcode: verbs.WCRecv, QPN: verbs.QPN(q.num), ByteLen: total, SrcQPN: verbs.QPN(pk.DETH().SrcQP()), Flags: verbs.WCWithGRH}
 	if pk.Info.Flags&roce.FlagImm != 0 {
 		wc.Flags |= verbs.WCWithImm
@@ -197,7 +200,7 @@ func (d *device) sendGSI(m *gsiMAD) {
 	b.beginTo(d, to, 0, roce.BTHLen+roce.DETHLen, len(m.mad))
 	roce.PutDETH(b.hdr[roce.BTHLen:], roce.GSIQKey, 1)
 	d.gsiPSN++
-	b.finishFlow(d, &flow, roce.UDSendOnly, false, false, 1, psn.New(d.gsiPSN), []sge{{buf: m.mad[:]}}, 0)
+	b.finishFlow(d, &flow, roce.UDSendOnly, false, false, 1, psn.New(d.gsiPSN), []sge{direct(m.mad[:])}, 0)
 }
 
 // gsiPacket takes a packet for QP1.
