@@ -100,7 +100,7 @@ type Extra struct {
 }
 
 // RDMA is an operation that is executed before the datagram it is sent with. It belongs to the connection from a SendExtra
-// that succeeded until Done.
+// that succeeded until RDMADone.
 type RDMA struct {
 	Opcode     verbs.SendOpcode // OpRead, OpWrite, OpCompareSwap, OpFetchAdd
 	Device     *ibdev.Device    // whose keys SGs has
@@ -112,9 +112,14 @@ type RDMA struct {
 	NoFence    bool // the datagram need not wait for the data of a READ, or the result of an atomic
 	Silent     bool // if the payload is empty there is no datagram: only the operation is executed
 
-	// Done is called once, when the connection touches none of the memory any more. It may run in completion handlers,
+	Owner RDMAOwner
+}
+
+// RDMAOwner is who an operation is for.
+type RDMAOwner interface {
+	// RDMADone is called once, when the connection touches none of the memory any more. It may run in completion handlers,
 	// in the caller of SendExtra, Cancel, Manager.Close: it may not wait, and may not call back into the connection.
-	Done func(r *RDMA, s RDMAStatus)
+	RDMADone(s RDMAStatus)
 }
 
 // RDMAStatus is the outcome of an operation; the values are the kernel's (rds-protocol spec 1.8).
@@ -150,6 +155,10 @@ var (
 
 // MaxMessage is the largest payload of a datagram in bytes (rds-protocol spec 1.1).
 const MaxMessage = 1 << 20
+
+// MaxRDMAPieces is how many pieces of local memory an operation names at most (rds-protocol spec 1.4 step 13); with short rings it
+// is fewer.
+const MaxRDMAPieces = 1024
 
 // Ports of the CM listeners (rds-protocol spec 1.1, 3.1).
 const (

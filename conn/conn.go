@@ -94,6 +94,11 @@ func (c *Conn) Send(o Owner, srcPort, dstPort uint16, payload []byte) error {
 // goroutine, and starts connecting if the connection is down. Datagrams of one goroutine go out in
 // order. Errors, which leave nothing queued: ErrNoMemory, ErrClosed, ErrMessageTooLong.
 func (c *Conn) SendMsg(o Owner, srcPort, dstPort uint16, payload []byte, flags SendFlags) error {
+	return c.send(o, srcPort, dstPort, payload, flags, nil)
+}
+
+// send is SendMsg; x may be nil.
+func (c *Conn) send(o Owner, srcPort, dstPort uint16, payload []byte, flags SendFlags, x *side) error {
 	if len(payload) > MaxMessage {
 		return ErrMessageTooLong
 	}
@@ -106,7 +111,16 @@ func (c *Conn) SendMsg(o Owner, srcPort, dstPort uint16, payload []byte, flags S
 		c.mu.Unlock()
 		return ErrClosed
 	}
-	seq, first, ok := c.q.append(o, srcPort, dstPort, len(payload), c.ackNext, f)
+	var (
+		seq   uint64
+		first []byte
+		ok    bool
+	)
+	if x == nil {
+		seq, first, ok = c.q.append(o, srcPort, dstPort, len(payload), c.ackNext, f)
+	} else {
+		seq, first, ok = c.q.appendSide(o, srcPort, dstPort, len(payload), c.ackNext, f, x)
+	}
 	if !ok {
 		c.mu.Unlock()
 		c.m.count.sendNoMemory.Inc()

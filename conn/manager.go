@@ -27,6 +27,7 @@ type Manager struct {
 	count     counters
 	linkStats ib.Stats
 	sendMem   memBudget
+	maxPieces int // of an operation: what fits into the smaller ring
 
 	mu       sync.RWMutex
 	byKey    map[key]*Conn
@@ -106,6 +107,7 @@ func NewManager(cfg Config) *Manager {
 		scratch: make(map[*ibdev.Device]*rxScratch), done: make(chan struct{}), ended: make(chan struct{}),
 	}
 	m.sendMem.limit = cfg.SendMemory
+	m.maxPieces = min(MaxRDMAPieces, ib.MaxOpSGE*(min(cfg.SendRing, cfg.KernelSendRing)-reservedSlots))
 	for m.inc == 0 {
 		var b [8]byte
 		_, _ = rand.Read(b[:]) // never fails

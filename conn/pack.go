@@ -124,6 +124,9 @@ func (q *sendQueue) stamp(c *chunk, at int, seq uint64, m *msg, ack uint64, ask 
 		flags = rdshdr.FlagRetransmitted | rdshdr.FlagAckRequired
 	}
 	rdshdr.Put(c.mem[at:], seq, ack, m.len, m.sport, m.dport, flags, 0)
+	if m.flags&msgSide != 0 {
+		q.putExt(c.mem[at:], seq)
+	}
 }
 
 // skipCancelled moves the cursor past messages that are not to be sent.
@@ -176,6 +179,9 @@ func (q *sendQueue) packFragment(s *ib.Send, hdr []byte, frag int, ack uint64) (
 		s.Pieces[1], s.N = ib.Piece{Chunk: q.chunk(ser).c, Off: off, Len: n - k}, 2
 	}
 	rdshdr.Put(hdr, q.next, q.cutAck, m.len, m.sport, m.dport, q.cutFlags, 0)
+	if m.flags&msgSide != 0 {
+		q.putExt(hdr, q.next)
+	}
 	q.everSent = max(q.everSent, q.next+1)
 	q.nextOff += n
 	s.Solicited = q.nextOff == int(m.len)

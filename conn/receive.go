@@ -68,6 +68,7 @@ type partial struct {
 	len, got     int
 	sport, dport uint16
 	flags        uint8
+	ext          Ext // of the first header
 	frags        []Frag
 }
 
@@ -85,6 +86,7 @@ type rxScratch struct {
 	conn  *Conn
 	msgs  []Incoming
 	frags []Frag           // of messages in more than one piece
+	exts  []Ext            // of messages with extensions
 	bufs  []*ibdev.RecvBuf // to put when the messages have been delivered
 
 	// State of conn.rx before msgs[0], in case the Sink does not take it.
@@ -227,11 +229,20 @@ func (c *Conn) fragment(s *rxScratch, b *ibdev.RecvBuf, h rdshdr.Header, payload
 	}
 	if k == left && !p.active {
 		// The usual case: a message in one piece.
-		c.message(s, h.Seq(), size, h.SPort(), h.DPort(), h.Flags(), Frag{b, payload[:k:k]}, nil)
+		var x *Ext
+		if h.HasExt() {
+			x = s.ext(h)
+		}
+		c.message(s, h.Seq(), size, h.SPort(), h.DPort(), h.Flags(), x, Frag{b, payload[:k:k]}, nil)
 		return k, nil
 	}
 	if !p.active {
 		*p = partial{active: true, seq: h.Seq(), len: size, sport: h.SPort(), dport: h.DPort(), flags: h.Flags(), frags: p.frags}
+		if h.HasExt() {
+			if x := s.ext(h); x != nil {
+				p.ext = *x
+			}
+		}
 	}
 	if k < left {
 		b.Get()
@@ -255,12 +266,17 @@ func (c *Conn) fragment(s *rxScratch, b *ibdev.RecvBuf, h rdshdr.Header, payload
 	clear(p.frags)
 	p.frags = p.frags[:0]
 	p.active = false
-	c.message(s, p.seq, size, p.sport, p.dport, flags, firstFrag, s.frags[at:len(s.frags):len(s.frags)])
+	var x *Ext
+	if p.ext != (Ext{}) {
+		s.exts = append(s.exts, p.ext)
+		x = &s.exts[len(s.exts)-1]
+	}
+	c.message(s, p.seq, size, p.sport, p.dport, flags, x, firstFrag, s.frags[at:len(s.frags):len(s.frags)])
 	return k, nil
 }
 
 // message processes a complete message.
-func (c *Conn) message(s *rxScratch, seq uint64, size int, sport, dport uint16, flags uint8, first Frag, more []Frag) {
+func (c *Conn) message(s *rxScratch, seq uint64, size int, sport, dport uint16, flags uint8, x *Ext, first Frag, more []Frag) {
 	rx := &c.rx
 	if flags == rdshdr.FlagCongBitmap {
 		// Anything else in the flags makes it an ordinary message to port 0, which nobody answers.
@@ -296,7 +312,7 @@ func (c *Conn) message(s *rxScratch, seq uint64, size int, sport, dport uint16, 
 		return
 	}
 	rx.expected, rx.ack = seq+1, seq
-	s.msgs = append(s.msgs, Incoming{Seq: seq, Len: size, SrcPort: sport, DstPort: dport, First: first, More: more})
+	s.msgs = append(s.msgs, Incoming{Seq: seq, Len: size, SrcPort: sport, DstPort: dport, First: first, More: more, Ext: x})
 	if len(s.msgs) >= deliverBatch {
 		s.flush()
 	}
@@ -338,7 +354,7 @@ func (s *rxScratch) flush() {
 	}
 	m.count.recvMessages.Add(uint64(n))
 	m.count.recvBytes.Add(uint64(bytes))
-	s.msgs, s.frags = s.msgs[:0], s.frags[:0]
+	s.msgs, s.frags, s.exts = s.msgs[:0], s.frags[:0], s.exts[:0]
 	s.expected, s.ack = c.rx.expected, c.rx.ack
 }
 

@@ -55,6 +55,8 @@ type sendQueue struct {
 	chunks            []chunk // serial n is chunks[n & mask]; a power of two
 	firstSer, lastSer uint32  // lastSer is one past the last
 
+	sides map[uint64]*side // of messages with msgSide: rdma.go
+
 	runSer uint32 // open dialect, nextOff > 0: the chunk that the rest of message next begins
 
 	// Towards a kernel, of the message being cut: all its fragments carry the same header.
@@ -80,6 +82,8 @@ const (
 	msgReady     uint8 = 1 << iota // all of the payload is there
 	msgCancelled                   // not to be sent (again)
 	msgAckNow                      // AckNow was asked for
+	msgSide                        // has an entry in sides
+	msgOp                          // has an operation that has to be posted first
 )
 
 // chunk is a slab chunk with messages.
@@ -155,7 +159,7 @@ func (q *sendQueue) append(o Owner, sport, dport uint16, n int, ack uint64, flag
 	if q.queued() == len(q.ring) && !q.growRing() {
 		return 0, nil, false
 	}
-	ser, ok := q.place(n)
+	ser, ok := q.place(n, flags&msgOp != 0)
 	if !ok {
 		return 0, nil, false
 	}
@@ -187,7 +191,7 @@ func (q *sendQueue) append(o Owner, sport, dport uint16, n int, ack uint64, flag
 		ser++
 		c = q.chunk(ser)
 	}
-	if c.size-c.used < hdrLen {
+	if c.size-c.used < hdrLen || flags&msgOp != 0 {
 		c.full = true
 	}
 	q.tail++
@@ -195,11 +199,13 @@ func (q *sendQueue) append(o Owner, sport, dport uint16, n int, ack uint64, flag
 	return seq, first, true
 }
 
-// place finds the chunk where a message of n bytes begins, and adds the chunks it goes on in.
-func (q *sendQueue) place(n int) (ser uint32, ok bool) {
-	if q.firstSer == q.lastSer || q.chunk(q.lastSer-1).full {
+// place finds the chunk where a message of n bytes begins, and adds the chunks it goes on in. alone: it begins one.
+func (q *sendQueue) place(n int, alone bool) (ser uint32, ok bool) {
+	if alone || q.firstSer == q.lastSer || q.chunk(q.lastSer-1).full {
 		ser = q.lastSer
-		ok = q.addChunks(n)
+		if ok = q.addChunks(n, alone); ok && ser != q.firstSer {
+			q.chunk(ser - 1).full = true
+		}
 		return ser, ok
 	}
 	ser = q.lastSer - 1
@@ -209,10 +215,10 @@ func (q *sendQueue) place(n int) (ser uint32, ok bool) {
 		return ser, true
 	}
 	if n > noSplit && avail >= minSplit {
-		ok = q.addChunks(n - avail)
+		ok = q.addChunks(n-avail, false)
 		return ser, ok
 	}
-	if !q.addChunks(n) {
+	if !q.addChunks(n, false) {
 		return 0, false
 	}
 	q.chunk(ser).full = true
@@ -220,14 +226,14 @@ func (q *sendQueue) place(n int) (ser uint32, ok bool) {
 }
 
 // addChunks appends empty chunks for n bytes of payload, or none. A short message to an idle peer gets a
-// small one: that is all that most idle connections ever have.
-func (q *sendQueue) addChunks(n int) bool {
+// small one: that is all that most idle connections ever have. So does one that is to be alone.
+func (q *sendQueue) addChunks(n int, alone bool) bool {
 	k := max(1, (n+pieceLen-1)/pieceLen)
 	for have := int(q.lastSer - q.firstSer); have+k > len(q.chunks); {
 		q.growChunks()
 	}
 	size, mem := ibdev.MaxSend, slab.Large
-	if n <= smallLen && q.una == q.tail {
+	if n <= smallLen && q.una == q.tail || alone && n <= slab.Small-hdrLen {
 		size, mem = slab.Small, slab.Small
 	}
 	if !q.budget.take(k * mem) {
@@ -331,6 +337,7 @@ func (q *sendQueue) runFull() bool {
 type released struct {
 	n    int
 	runs [32]releasedRun
+	ops  []endedOp
 }
 
 type releasedRun struct {
@@ -357,6 +364,9 @@ func (r *released) add(o Owner, bytes int) bool {
 	return true
 }
 
+// some reports whether there is anything to tell.
+func (r *released) some() bool { return r.n > 0 || len(r.ops) > 0 }
+
 // tell calls the owners. No lock is held.
 func (r *released) tell() {
 	for i := range r.runs[:r.n] {
@@ -365,6 +375,13 @@ func (r *released) tell() {
 		run.owner = nil
 	}
 	r.n = 0
+	if r.ops != nil {
+		ops := r.ops
+		r.ops = nil
+		for i := range ops {
+			ops[i].tell()
+		}
+	}
 }
 
 // popBatch bounds how many messages are taken off under one hold of the lock: some 20 us.
@@ -385,7 +402,7 @@ func (q *sendQueue) ack(upTo uint64, r *released) (n int, more bool) {
 		} else {
 			for ; q.next != end; q.next++ {
 				m := q.msg(q.next)
-				if m.flags&msgReady == 0 {
+				if m.flags&(msgReady|msgOp) != msgReady {
 					end = q.next // cannot be: it was never sent to its end
 					break
 				}
@@ -401,7 +418,7 @@ func (q *sendQueue) ack(upTo uint64, r *released) (n int, more bool) {
 			more = true
 			break
 		}
-		q.pop(m)
+		q.pop(m, r)
 		n++
 	}
 	if more {
@@ -412,12 +429,19 @@ func (q *sendQueue) ack(upTo uint64, r *released) (n int, more bool) {
 	return n, more
 }
 
-// pop forgets message una.
-func (q *sendQueue) pop(m *msg) {
-	if m.flags&msgCancelled != 0 {
-		q.cancelled--
-	} else {
+// pop forgets message una. r may be nil for one whose operation is not queued.
+func (q *sendQueue) pop(m *msg, r *released) {
+	if m.flags&(msgCancelled|msgSide) == 0 {
 		q.bytes -= int(m.len)
+	} else {
+		if m.flags&msgSide != 0 {
+			q.dropSide(q.una, r)
+		}
+		if m.flags&msgCancelled != 0 {
+			q.cancelled--
+		} else {
+			q.bytes -= int(m.len)
+		}
 	}
 	m.owner = nil
 	q.una++
@@ -438,7 +462,7 @@ func (q *sendQueue) trimHead() {
 			q.next++
 			q.filler--
 		}
-		q.pop(m)
+		q.pop(m, nil)
 	}
 	q.freeChunks()
 }
@@ -466,14 +490,11 @@ func (q *sendQueue) cancelRange(o Owner, dport int, from uint64, r *released) (u
 		if !r.add(o, int(m.len)) {
 			break
 		}
-		m.flags |= msgCancelled
-		m.owner = nil
-		q.cancelled++
-		q.bytes -= int(m.len)
-		n++
-		if s > q.next || s == q.next && q.nextOff == 0 {
-			q.filler++
+		if m.flags&msgSide != 0 {
+			q.cancelOp(s, r)
 		}
+		q.cancelMsg(s, m)
+		n++
 	}
 	q.trimHead()
 	return s, n
@@ -507,7 +528,7 @@ func (q *sendQueue) drop(r *released) (n int, empty bool) {
 		if m.flags&msgCancelled == 0 {
 			n++
 		}
-		q.pop(m)
+		q.pop(m, r)
 	}
 	q.next, q.nextOff, q.filler = q.una, 0, q.cancelled+q.copying
 	q.freeChunks()

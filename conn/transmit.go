@@ -34,7 +34,14 @@ func (c *Conn) runReady() bool {
 	if c.frag == 0 {
 		return c.q.runFull()
 	}
-	return c.q.nextOff > 0 || c.q.unsent() >= kernelRun || c.q.unsent() > 0 && c.q.msg(c.q.next).len >= kernelRunBytes
+	if c.q.nextOff > 0 || c.q.unsent() >= kernelRun {
+		return true
+	}
+	if c.q.unsent() == 0 {
+		return false
+	}
+	m := c.q.msg(c.q.next)
+	return m.len >= kernelRunBytes || m.flags&msgSide != 0
 }
 
 // transmitLocked posts what is due, unless somebody is at it. It is called with mu held and returns with
@@ -51,7 +58,7 @@ func (c *Conn) transmitLocked() {
 
 // transmitRounds is the transmitter's loop; mu and the role are held, and given up.
 func (c *Conn) transmitRounds() {
-	for round := 0; c.up; round++ {
+	for round := 0; c.up; {
 		l := c.link
 		if round == txRounds && c.q.unsent() > 0 && l.Free() > reservedSlots {
 			c.mu.Unlock()
@@ -59,9 +66,14 @@ func (c *Conn) transmitRounds() {
 			return
 		}
 		b := c.build(l)
+		if b.op != nil {
+			c.postOp(l, b.op)
+			continue
+		}
 		if b.n == 0 {
 			break
 		}
+		round++
 		c.mu.Unlock()
 		n, err := l.Post(c.sends[:b.n])
 		b.account(c.m, n)
@@ -98,6 +110,7 @@ type built struct {
 	acks    int
 	piggy   bool
 	asked   int
+	op      *op // to be posted, instead of any SENDs
 }
 
 func (b *built) account(m *Manager, posted int) {
@@ -140,7 +153,22 @@ func (c *Conn) build(l *ib.Link) (b built) {
 	outstanding := l.Outstanding()
 	data := 0
 	for b.n < len(c.sends) && b.n < free-reservedSlots && c.q.next != c.q.tail && !c.markDue && (!c.mapDue || c.midMessage()) {
+		if c.q.skipCancelled(); c.q.next == c.q.tail {
+			break
+		}
+		if o, wait := c.q.opDue(); o != nil || wait {
+			if b.n > 0 || wait {
+				break
+			}
+			if l.OpWRs(len(o.SGs)) <= min(free, l.Ring())-reservedSlots || l.OpWRs(len(o.SGs)) > l.Ring()-reservedSlots {
+				b.op = o
+				return b
+			}
+			c.m.count.txRingFull.Inc()
+			break
+		}
 		s := &c.sends[b.n]
+		fence := c.q.fence()
 		idle := outstanding+data == 0 || c.flush || c.q.nextOff >= bigMessage
 		if c.frag == 0 {
 			ask := outstanding+data > 0 || c.q.next-c.asked >= askEvery || c.q.runFull()
@@ -174,6 +202,7 @@ func (c *Conn) build(l *ib.Link) (b built) {
 			}
 			carried = c.q.cutAck == c.ackNext
 		}
+		s.Fence = fence
 		data++
 		b.n++
 	}

@@ -220,6 +220,9 @@ func (l *Link) Device() *ibdev.Device { return l.qp.Device() }
 // Recv is the kind of receive queue the link is on.
 func (l *Link) Recv() ibdev.RecvKind { return l.cfg.Recv }
 
+// Ring is the number of requests in flight at most.
+func (l *Link) Ring() int { return l.cfg.Ring }
+
 // Free is the number of SENDs that may be posted now. Transmitter.
 func (l *Link) Free() int { return l.cfg.Ring - int(l.head.Load()-l.tail.Load()) }
 

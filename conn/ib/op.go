@@ -14,7 +14,7 @@ const MaxOpSGE = 8
 
 // Op is a one-sided operation: RDMA READ, RDMA WRITE, or an atomic. It is posted as one work request, or as several in a
 // row if it names more pieces of local memory than fit into one, the remote address advancing. Nothing in it may be changed
-// between PostOp and Done.
+// between PostOp and OpDone.
 type Op struct {
 	Opcode     verbs.SendOpcode // OpRead, OpWrite, OpCompareSwap, OpFetchAdd
 	SGs        []verbs.SGE      // local memory, keys of the link's device; at least one, none of them empty
@@ -23,23 +23,28 @@ type Op struct {
 	CompareAdd uint64 // of an atomic
 	Swap       uint64
 
-	// Done is called once for an Op of which anything was posted, when the QP touches none of its memory any more: by the
-	// send handler, by PostOp, or by Close. s is the status of its first request that did not succeed, WCFlushErr
-	// if it is not known whether that was executed.
-	Done func(o *Op, s verbs.WCStatus)
+	Owner OpOwner
 
-	left   atomic.Int32   // requests not complete, and one while PostOp is at it
-	status verbs.WCStatus // of those completed; written by the send handler, read by who finds left at zero
+	left   atomic.Int32  // requests not complete, and one while PostOp is at it
+	status atomic.Uint32 // verbs.WCStatus of the first that did not succeed
+}
+
+// OpOwner is told of the end of an Op.
+type OpOwner interface {
+	// OpDone is called once for an Op of which anything was posted, when the QP touches none of its memory any more: by the
+	// send handler, by PostOp, or by Close. s is the status of its first request that did not succeed; WCFlushErr
+	// if it is not known whether that was executed; WCGeneralErr if the device refused it.
+	OpDone(s verbs.WCStatus)
 }
 
 // OpWRs is how many slots of the ring an Op with n SGEs takes.
 func (l *Link) OpWRs(n int) int { return (n + l.opSGE - 1) / l.opSGE }
 
-// PostOp posts o, for which there are enough slots (Free). posted says whether anything of it was: o.Done is then called, here or
+// PostOp posts o, for which there are enough slots (Free). posted says whether anything of it was: OpDone is then called, here or
 // later. An error that matches ErrRefused says that the device does not take the operation; the link
 // is as it was. Any other error means that the link is broken. Transmitter, with no lock held.
 func (l *Link) PostOp(o *Op) (posted bool, err error) {
-	o.status = verbs.WCSuccess
+	o.status.Store(uint32(verbs.WCSuccess))
 	o.left.Store(1)
 	sgs, raddr := o.SGs, o.RemoteAddr
 	for len(sgs) > 0 && err == nil {
@@ -74,6 +79,7 @@ func (l *Link) PostOp(o *Op) (posted bool, err error) {
 	}
 	if err != nil {
 		if refusal(err) {
+			o.status.CompareAndSwap(uint32(verbs.WCSuccess), uint32(verbs.WCGeneralErr))
 			err = fmt.Errorf("%w: %w", ErrRefused, err)
 		} else {
 			err = fmt.Errorf("post: %w", err)
@@ -81,7 +87,7 @@ func (l *Link) PostOp(o *Op) (posted bool, err error) {
 		}
 	}
 	if o.left.Dec() == 0 && posted {
-		o.Done(o, o.status)
+		o.Owner.OpDone(verbs.WCStatus(o.status.Load()))
 	}
 	return posted, err
 }
@@ -97,10 +103,8 @@ func refusal(err error) bool {
 
 // completed takes note that one request of o has completed.
 func (o *Op) completed(s verbs.WCStatus) {
-	if o.status == verbs.WCSuccess {
-		o.status = s
-	}
+	o.status.CompareAndSwap(uint32(verbs.WCSuccess), uint32(s))
 	if o.left.Dec() == 0 {
-		o.Done(o, o.status)
+		o.Owner.OpDone(verbs.WCStatus(o.status.Load()))
 	}
 }

@@ -13,8 +13,10 @@ const (
 	// MaxMessage is the largest payload of a message in bytes.
 	MaxMessage = 1 << 20
 
+	// ExtAreaLen is the length of the extension area.
+	ExtAreaLen = HeaderLen - extOff
+
 	extOff  = 32
-	extLen  = HeaderLen - extOff
 	csumOff = 30
 )
 
