@@ -11,7 +11,8 @@ import (
 type fault struct {
 	name string
 	link func(*link)
-	// bad is the failing request. It is posted unsignaled: an error always completes.
+	// bad is the failing request. It is posted unsignaled: an error always completes. Without an opcode there
+	// is nothing to post.
 	bad func(p *pair) verbs.SendWR
 	// status is how it completes at A.
 	status verbs.WCStatus
@@ -50,6 +51,9 @@ func (f fault) run(l *lab) {
 	}
 	p.b.recv(verbs.RecvWR{ID: 801}, second, verbs.RecvWR{ID: 803}, verbs.RecvWR{ID: 804})
 	bad := f.bad(p)
+	if bad.Opcode == 0 {
+		return // refused when it was posted
+	}
 	bad.ID, bad.Flags = 2, 0
 	last := sendWR(5, nil)
 	p.a.send(sendWR(1, nil), bad, verbs.SendWR{ID: 3, Opcode: verbs.OpSend}, sendWR(4, nil), last)

@@ -33,10 +33,12 @@ type lab struct {
 	qps       []verbs.QP
 	srqs      []verbs.SRQ
 	cqs       []verbs.CQ
+	mws       []verbs.MW
 	mrs       []verbs.MR
+	lists     []verbs.PageList
 	pds       []verbs.PD
 	devs      []verbs.Device
-	pins      runtime.Pinner // of the memory of mrs; released last
+	pins      runtime.Pinner // of the memory of mrs and lists; released last
 }
 
 // node is an open device with one PD and a record of its asynchronous events.
@@ -93,7 +95,9 @@ func (l *lab) closeAll() {
 	closeList(l, "QP", l.qps, verbs.QP.Close)
 	closeList(l, "SRQ", l.srqs, verbs.SRQ.Close)
 	closeList(l, "CQ", l.cqs, verbs.CQ.Close)
+	closeList(l, "MW", l.mws, verbs.MW.Dealloc)
 	closeList(l, "MR", l.mrs, verbs.MR.Deregister)
+	closeList(l, "page list", l.lists, verbs.PageList.Close)
 	closeList(l, "PD", l.pds, verbs.PD.Close)
 	closeList(l, "device", l.devs, verbs.Device.Close)
 	l.pins.Unpin()
@@ -164,7 +168,7 @@ func awaitFor(limit time.Duration, cond func() bool) bool {
 	return true
 }
 
-// recv receives from c.
+// recvFrom receives from c.
 func recvFrom[T any](l *lab, what string, c <-chan T) (v T) {
 	l.Helper()
 	t := time.NewTimer(patience)
@@ -288,11 +292,17 @@ func (n *node) regionOf(pd verbs.PD, mem []byte, access verbs.Access) *region {
 	for i := range mem {
 		mem[i] = poison
 	}
-	mr, err := pd.RegMR(mem, n.l.iova, access)
+	mr, err := pd.RegMR(mem, n.l.nextIOVA(len(mem)), access)
 	n.l.must("register memory on "+n.name, err)
-	n.l.iova += uint64(len(mem)+0xfffff) &^ 0xffff
 	n.l.mrs = append(n.l.mrs, mr)
 	return &region{mr: mr, mem: mem}
+}
+
+// nextIOVA is where size bytes may be registered: apart from everything else.
+func (l *lab) nextIOVA(size int) uint64 {
+	iova := l.iova
+	l.iova += uint64(size+0xfffff) &^ 0xffff
+	return iova
 }
 
 // sge names n bytes at off.
@@ -397,6 +407,27 @@ func (n *node) qpConfig(t verbs.QPType) verbs.QPConfig {
 	return verbs.QPConfig{Type: t, MaxSendWR: 64, MaxRecvWR: 64, MaxSendSGE: 4, MaxRecvSGE: 4}
 }
 
+// needs is run on devices that have all of caps. The case is skipped where one has not.
+func needs(caps verbs.DeviceCaps, run func(*lab)) func(*lab) {
+	return func(l *lab) {
+		for _, n := range []*node{l.a, l.b} {
+			if missing := caps &^ n.dev.Attr().Caps; missing != 0 {
+				l.Skipf("%s lacks capabilities %#x", n.name, missing)
+			}
+		}
+		run(l)
+	}
+}
+
+// newEndIn is newEnd in another PD than the node's own.
+func (n *node) newEndIn(pd verbs.PD, cfg verbs.QPConfig) *end {
+	n.l.Helper()
+	own := n.pd
+	n.pd = pd
+	defer func() { n.pd = own }()
+	return n.newEnd(cfg)
+}
+
 // newEnd creates a QP in RESET, with CQs of its own unless cfg names some.
 func (n *node) newEnd(cfg verbs.QPConfig) *end {
 	n.l.Helper()
@@ -455,6 +486,32 @@ func (l *lab) pair(change ...func(*link)) *pair {
 	p := &pair{l: l, a: l.a.newEnd(k.cfgA), b: l.b.newEnd(k.cfgB), link: k}
 	p.connect()
 	return p
+}
+
+// pairOf connects two ends made before.
+func (l *lab) pairOf(a, b *end) *pair {
+	l.Helper()
+	p := &pair{l: l, a: a, b: b, link: l.link()}
+	p.connect()
+	return p
+}
+
+// deaf is a pair of which B drops whatever comes (it is in INIT) until hears: requests of A stay unanswered.
+func (l *lab) deaf() *pair {
+	l.Helper()
+	k := l.link()
+	p := &pair{l: l, a: l.a.newEnd(k.cfgA), b: l.b.newEnd(k.cfgB), link: k}
+	p.toInit(p.a)
+	p.toInit(p.b)
+	p.toRTR(p.a)
+	p.toRTS(p.a)
+	return p
+}
+
+func (p *pair) hears() {
+	p.l.Helper()
+	p.toRTR(p.b)
+	p.toRTS(p.b)
 }
 
 // connect takes both QPs from RESET to RTS.

@@ -10,6 +10,7 @@ import (
 func limitCases() []testcase {
 	return []testcase{
 		{"DeviceAttributes", deviceAttr},
+		{"Capabilities", capabilities},
 		{"SendQueueFull", sendQueueFull},
 		{"ReceiveQueueFull", recvQueueFull},
 		{"TooManySGEs", tooManySGEs},
@@ -44,6 +45,40 @@ func deviceAttr(l *lab) {
 	}
 	if l.env.Provider.Name() == "" {
 		l.Error("the provider has a name")
+	}
+}
+
+// capabilities: what a device says it has fits the limits it gives, and what it lacks it refuses.
+func capabilities(l *lab) {
+	for _, n := range []*node{l.a, l.b} {
+		a := n.dev.Attr()
+		if has := a.Caps&verbs.CapMemMgtExtensions != 0; has != (a.MaxFastRegPageListLen > 0) {
+			l.Errorf("%s: fast registration is announced with its largest list: %#x, %d", n.name, a.Caps, a.MaxFastRegPageListLen)
+		} else if !has {
+			_, err := n.pd.AllocFastRegMR(1)
+			l.wantErr("a region for fast registration", err, verbs.ErrNotSupported)
+			_, err = n.pd.AllocPageList(1)
+			l.wantErr("a page list", err, verbs.ErrNotSupported)
+		}
+		if a.Caps&verbs.CapReadWithInv != 0 && a.Caps&verbs.CapMemMgtExtensions == 0 {
+			l.Errorf("%s: READ with invalidate has nothing to invalidate", n.name)
+		}
+		mws := false
+		for t, c := range capOfMW {
+			if a.Caps&c == 0 {
+				_, err := n.pd.AllocMW(t)
+				l.wantErr(t.String()+" window", err, verbs.ErrNotSupported)
+			}
+			mws = mws || a.Caps&c != 0
+		}
+		if mws != (a.MaxMW > 0) {
+			l.Errorf("%s: windows are announced with their number: %#x, %d", n.name, a.Caps, a.MaxMW)
+		}
+		if a.Caps&verbs.CapOnDemandPaging == 0 {
+			_, err := n.pd.RegOnDemandMR(nil, 0, verbs.AccessLocalWrite)
+			l.wantErr("on-demand registration", err, verbs.ErrNotSupported)
+			l.wantErr("advice", n.pd.AdviseMR(verbs.AdvisePrefetch, nil), verbs.ErrNotSupported)
+		}
 	}
 }
 

@@ -1,7 +1,10 @@
 package verbstest
 
 import (
+	"bytes"
+	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/openrds/openrds/verbs"
@@ -16,6 +19,10 @@ func memoryCases() []testcase {
 		{"DeregisterDuringPeersWrite", deregisterDuringWrite},
 		{"DeregisterAfterPeerFellSilent", deregisterSilent},
 		{"DeregisterAfterPartition", deregisterPartition},
+		{"DeregisterWhenPeerSaysItHasRead", deregisterAfterRead},
+		{"DeregisterWhilePeerReadsInALoop", deregisterReadLoop},
+		{"DeregisterWhenQPErrs", deregisterQPErrs},
+		{"DeregisterAndReadStress", stressDeregister},
 		{"KeysDiffer", keysDiffer},
 		{"SameMemoryTwice", sameMemoryTwice},
 		{"CompletionGivesMemoryBack", completionGivesBack},
@@ -108,12 +115,152 @@ func deregisterDuringRead(l *lab) {
 		for i := range src.mem {
 			src.mem[i] = 0 // ours again
 		}
-		switch wc := p.a.nextWC("the READ completes", p.a.scq); wc.Status {
-		case verbs.WCSuccess:
-			l.wantBytes("a READ that succeeds has all of what was there", sink.mem, data)
-		case verbs.WCRemAccessErr, verbs.WCRetryExcErr, verbs.WCRemOpErr:
-		default:
-			l.Fatalf("a READ whose source goes away: %v", wc.Status)
+		p.wholeOrError(sink, data)
+	}
+}
+
+// sourceGone are the statuses a READ may have whose source went away.
+var sourceGone = []verbs.WCStatus{verbs.WCRemAccessErr, verbs.WCRetryExcErr, verbs.WCRemOpErr}
+
+// wholeOrError checks the completion of a READ whose source went away: an error, or all of the data, never
+// something between.
+func (p *pair) wholeOrError(sink *region, data []byte) {
+	p.l.Helper()
+	switch wc := p.a.nextWC("the READ completes", p.a.scq); {
+	case wc.Status == verbs.WCSuccess:
+		p.l.wantBytes("a READ that succeeds has all of what was there", sink.mem, data)
+	case !slices.Contains(sourceGone, wc.Status):
+		p.l.Fatalf("a READ whose source goes away: %v", wc.Status)
+	}
+}
+
+// deregisterAfterRead: the peer has read the region and said so. Its owner believes it, and deregisters while the
+// last responses may be on their way out still, or are sent again.
+func deregisterAfterRead(l *lab) {
+	const n = 1 << 20
+	for _, fence := range []verbs.SendFlags{0, verbs.SendFence} {
+		for range 5 {
+			p := l.pair(func(k *link) { k.timeout, k.retry = 12, 5 })
+			src, sink := l.b.region(n, allAccess), l.a.region(n, verbs.AccessLocalWrite)
+			data := l.nextPattern(n)
+			copy(src.mem, data)
+			p.b.recvEmpty(20)
+			tell := sendWR(2, nil)
+			tell.Flags |= fence
+			p.a.send(remoteWR(1, verbs.OpRead, sink.sg(0, n), src, 0), tell)
+			p.b.wantRecvd("the peer says it has read", 20, 0)
+			l.deregister("then the region can go", src)
+			clear(src.mem) // ours again
+			if fence == 0 { // it had only asked
+				p.wholeOrError(sink, data)
+				continue
+			}
+			p.a.wantRead("it has", 1, n)
+			l.wantBytes("all of it", sink.mem, data)
+			p.a.wantSent("and has said so", 2, verbs.WCSend)
+		}
+	}
+}
+
+// readUntilRefused reads src over and over until a READ fails. Every one before has all of the data.
+func readUntilRefused(p *pair, src, sink *region, data []byte) error {
+	n := len(data)
+	for {
+		if err := p.a.post(remoteWR(1, verbs.OpRead, sink.sg(0, n), src, 0), remoteWR(2, verbs.OpRead, sink.sg(n, n), src, 0)); err != nil {
+			return err
+		}
+		for i := range 2 {
+			var e *verbs.WCError
+			if err := collect(p.a.scq, 1, nil); errors.As(err, &e) {
+				if !slices.Contains(sourceGone, e.Status) {
+					return fmt.Errorf("a READ whose source goes away: %w", err)
+				}
+				return nil
+			} else if err != nil {
+				return err
+			}
+			if !bytes.Equal(sink.mem[i*n:(i+1)*n], data) {
+				return errors.New("a READ that succeeds has all of what was there")
+			}
+		}
+	}
+}
+
+// deregisterReadLoop: traffic never keeps a region from going.
+func deregisterReadLoop(l *lab) {
+	const n = 64 << 10
+	for _, pause := range pauses {
+		p := l.pair(func(k *link) { k.timeout, k.retry = 10, 1 })
+		src, sink := l.b.region(n, allAccess), l.a.region(2*n, verbs.AccessLocalWrite)
+		data := l.nextPattern(n)
+		copy(src.mem, data)
+		l.publish()
+		l.together(
+			func() error { return readUntilRefused(p, src, sink, data) },
+			func() error {
+				time.Sleep(pause)
+				start := time.Now()
+				if err := src.mr.Deregister(); err != nil || time.Since(start) > promptly {
+					return fmt.Errorf("deregister after %v: %w", time.Since(start), err)
+				}
+				clear(src.mem)
+				return nil
+			})
+	}
+}
+
+// stressDeregister: regions go, one after the other, while several QPs read them.
+func stressDeregister(l *lab) {
+	const n, readers, regions = 20000, 2, 3
+	for range 3 {
+		var fs []func() error
+		for i := range regions {
+			src := l.b.region(n, allAccess)
+			data := l.nextPattern(n)
+			copy(src.mem, data)
+			for range readers {
+				p := l.pair(func(k *link) { k.timeout, k.retry = 10, 1 })
+				sink := l.a.region(2*n, verbs.AccessLocalWrite)
+				fs = append(fs, func() error { return readUntilRefused(p, src, sink, data) })
+			}
+			fs = append(fs, func() error {
+				time.Sleep(time.Duration(i*i) * 200 * time.Microsecond)
+				defer clear(src.mem)
+				return src.mr.Deregister()
+			})
+		}
+		l.publish()
+		l.together(fs...)
+	}
+}
+
+// deregisterQPErrs: a QP that errs lets go of everything: of what was posted and not sent, what was sent and
+// not acknowledged, a message half received, and what READs it has answered.
+func deregisterQPErrs(l *lab) {
+	const n = 1 << 20
+	for _, pause := range pauses {
+		p := l.pair(func(k *link) { k.rnrTimer = 0 })
+		read := l.b.region(n, allAccess)
+		for i := range 2 * uint64(p.destRDAtomic) {
+			p.a.send(remoteWR(i, verbs.OpRead, newSink(p.a), read, 0))
+			p.a.wantRead("READs fill what B remembers of them", i, 8)
+		}
+		src, sink, recv := l.a.region(n, allAccess), l.a.region(n, allAccess), l.b.region(n, allAccess)
+		p.a.recv(verbs.RecvWR{ID: 30, SGs: sink.sg(0, n)})
+		p.b.recv(verbs.RecvWR{ID: 40, SGs: recv.sg(0, n)})
+		for i := range uint64(20) { // B takes one
+			p.a.send(sendWR(i, src.sg(0, n)), remoteWR(100+i, verbs.OpRead, sink.sg(0, n), read, 0))
+		}
+		time.Sleep(pause)
+		p.a.qp.SetError()
+		p.b.qp.SetError()
+		p.a.wantState("A's QP", verbs.StateErr)
+		p.b.wantState("B's QP", verbs.StateErr)
+		for _, r := range []*region{src, sink, recv, read} {
+			l.deregister(fmt.Sprintf("deregister after %v and an error", pause), r)
+			for i := range r.mem {
+				r.mem[i] = 1
+			}
 		}
 	}
 }

@@ -104,6 +104,8 @@ func groups() []group {
 		{"State", stateCases()},
 		{"Limit", limitCases()},
 		{"Memory", memoryCases()},
+		{"FastReg", fastRegCases()},
+		{"Window", windowCases()},
 		{"Close", closeCases()},
 		{"CM", cmCases()},
 		{"Stress", stressCases()},
