@@ -194,7 +194,7 @@ func parseHostAddrs(links, addrs []syscall.NetlinkMessage) (*hostAddrs, error) {
 			continue
 		}
 		info := (*unix.IfInfomsg)(unsafe.Pointer(&m.Data[0]))
-		attrs, err := syscall.ParseNetlinkRouteAttr(m)
+		attrs, err := routeAttrs(m)
 		if err != nil {
 			return nil, fmt.Errorf("rtnetlink: link: %w", err)
 		}
@@ -213,7 +213,7 @@ func parseHostAddrs(links, addrs []syscall.NetlinkMessage) (*hostAddrs, error) {
 			continue
 		}
 		info := (*unix.IfAddrmsg)(unsafe.Pointer(&m.Data[0]))
-		attrs, err := syscall.ParseNetlinkRouteAttr(m)
+		attrs, err := routeAttrs(m)
 		if err != nil {
 			return nil, fmt.Errorf("rtnetlink: address: %w", err)
 		}
@@ -250,4 +250,12 @@ func parseHostAddrs(links, addrs []syscall.NetlinkMessage) (*hostAddrs, error) {
 		}
 	}
 	return h, nil
+}
+
+// routeAttrs are the attributes of m. The library's parser relies on their being padded, as the kernel's are.
+func routeAttrs(m *syscall.NetlinkMessage) ([]syscall.NetlinkRouteAttr, error) {
+	if len(m.Data)%unix.RTA_ALIGNTO != 0 {
+		return nil, syscall.EINVAL
+	}
+	return syscall.ParseNetlinkRouteAttr(m)
 }
