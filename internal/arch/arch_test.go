@@ -76,10 +76,11 @@ var layers = []struct {
 	{"verbs", nil},
 	{"verbs/faultverbs", []string{"verbs"}},
 	{"verbs/softroce", []string{"verbs", "internal/epoch", "internal/ref", "internal/psn", "internal/packetio", "internal/wire/roce", "internal/wire/cm", "internal/invariants", "internal/pagemem"}},
-	{"ibdev", []string{"verbs", "internal/epoch", "internal/ref", "internal/slab", "internal/invariants"}},
-	{"conn/ib", []string{"verbs", "ibdev", "internal/slab", "internal/wire/rdshdr", "internal/invariants"}},
-	{"conn", []string{"verbs", "ibdev", "conn/ib", "internal/epoch", "internal/ref", "internal/slab", "internal/wire/rdshdr", "internal/invariants"}},
-	{"rds", []string{"verbs", "verbs/softroce", "ibdev", "conn", "internal/epoch", "internal/ref", "internal/slab", "internal/packetio", "internal/invariants", "internal/pagemem"}},
+	{"mrpool", []string{"verbs", "internal/epoch", "internal/ref", "internal/invariants"}},
+	{"ibdev", []string{"verbs", "mrpool", "internal/epoch", "internal/ref", "internal/slab", "internal/invariants"}},
+	{"conn/ib", []string{"verbs", "mrpool", "ibdev", "internal/slab", "internal/wire/rdshdr", "internal/invariants"}},
+	{"conn", []string{"verbs", "mrpool", "ibdev", "conn/ib", "internal/epoch", "internal/ref", "internal/slab", "internal/wire/rdshdr", "internal/invariants"}},
+	{"rds", []string{"verbs", "verbs/softroce", "mrpool", "ibdev", "conn", "internal/epoch", "internal/ref", "internal/slab", "internal/packetio", "internal/invariants", "internal/pagemem"}},
 }
 
 // outside is what core packages may import beyond the standard library and each other.
