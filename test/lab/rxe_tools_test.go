@@ -214,20 +214,11 @@ func TestRXEPingpong(t *testing.T) {
 			if err != nil || !bytes.Equal(peerGID[12:], []byte{10, 77, 0, 2}) {
 				t.Fatalf("the guest's GID is %s", f[3])
 			}
-			must := func(err error) {
-				t.Helper()
-				if err != nil {
-					t.Fatal(err)
-				}
-			}
-			must(h.qp.Modify(verbs.QPAttr{State: verbs.StateInit, Port: 1}, verbs.QPStateBit|verbs.QPPKeyIndexBit|verbs.QPPortBit|verbs.QPAccessBit))
-			must(h.qp.Modify(verbs.QPAttr{State: verbs.StateRTR, AH: verbs.AH{Remote: addrPort(ipv4.guest, 0).Addr()}, PathMTU: mtu, DestQPN: verbs.QPN(qpn), RQPSN: peerPSN, MaxDestRDAtomic: 1, MinRNRTimer: 12},
-				verbs.QPStateBit|verbs.QPAHBit|verbs.QPPathMTUBit|verbs.QPDestQPNBit|verbs.QPRQPSNBit|verbs.QPMaxDestRDAtomicBit|verbs.QPMinRNRTimerBit))
-			must(h.qp.Modify(verbs.QPAttr{State: verbs.StateRTS, Timeout: 14, RetryCount: 7, RNRRetry: 7, SQPSN: psn, MaxRDAtomic: 1},
-				verbs.QPStateBit|verbs.QPTimeoutBit|verbs.QPRetryCountBit|verbs.QPRNRRetryBit|verbs.QPSQPSNBit|verbs.QPMaxRDAtomicBit))
+			h.connectByHand(ipv4.guest, mtu, qpn, peerPSN, psn, 1)
 			h.recv(2, offB, size)
-			_, err = c.Write([]byte("done\x00"))
-			must(err)
+			if _, err := c.Write([]byte("done\x00")); err != nil {
+				t.Fatal(err)
+			}
 			for i := range iters {
 				// The tool's -c wants each page to begin with zero.
 				h.post(verbs.SendWR{ID: uint64(i), Opcode: verbs.OpSend, SGs: h.sge(offA, size)})
