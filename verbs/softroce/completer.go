@@ -164,9 +164,7 @@ func (q *qp) finishSend(h uint32, w *swqe) {
 }
 
 func (q *qp) finishOne(h uint32, w *swqe) {
-	if w.out {
-		q.rdOut--
-	}
+	q.rdOut -= int(w.out)
 	if w.flags&verbs.SendSignaled == 0 {
 		q.freeSend(h, w)
 		return
@@ -257,26 +255,15 @@ func (d *device) readResponse(q *qp, pk *roce.Packet, p psn.PSN) {
 		}
 		return
 	}
-	first, last := p == w.asked, p == w.last()
-	var want roce.Opcode
-	switch {
-	case first && last:
-		want = roce.RCReadRespOnly
-	case first:
-		want = roce.RCReadRespFirst
-	case last:
-		want = roce.RCReadRespLast
-	default:
-		want = roce.RCReadRespMiddle
+	k := p.Sub(w.first)
+	last, end := p == w.last(), k+1 == w.chunkEnd(k)
+	if e := pk.Op == roce.RCReadRespOnly || pk.Op == roce.RCReadRespLast; e != end {
+		// First where Middle is due, or the other way round, answers an earlier request for the same: its data
+		// is the same, its place is right. The end of a request is the same for all.
+		q.fail(w, verbs.WCBadRespErr)
+		return
 	}
-	if pk.Op != want {
-		// A response to an older request of the same READ: its data is the same, its place is right.
-		if end := pk.Op == roce.RCReadRespOnly || pk.Op == roce.RCReadRespLast; end != last {
-			q.fail(w, verbs.WCBadRespErr)
-			return
-		}
-	}
-	off := uint32(p.Sub(w.first) * q.pmtu)
+	off := uint32(k * q.pmtu)
 	n := min(uint32(q.pmtu), w.total-off)
 	if uint32(len(pk.Payload)) != n {
 		q.fail(w, verbs.WCLocLenErr)
@@ -290,12 +277,17 @@ func (d *device) readResponse(q *qp, pk *roce.Packet, p psn.PSN) {
 	scatter(sgs, o, pk.Payload)
 	w.got = p.Add(1)
 	q.una = w.got
+	q.readDue = max(q.readDue-1, 0)
+	if end && w.out > 0 {
+		w.out--
+		q.rdOut--
+	}
+	q.cumUna = q.cumAt(w, w.got)
 	if last {
 		if w.op == verbs.OpReadWithInv && !d.invalidate(q, w.imm, false) {
 			q.fail(w, verbs.WCLocQPOpErr)
 			return
 		}
-		q.cumUna = w.startCum + w.cost
 		q.finishSend(h, w)
 	}
 	if q.State() == verbs.StateErr {
@@ -303,7 +295,7 @@ func (d *device) readResponse(q *qp, pk *roce.Packet, p psn.PSN) {
 	}
 	q.afterMove()
 	q.progress()
-	if last {
+	if end {
 		d.queueTX(q)
 	}
 }

@@ -39,7 +39,8 @@ const (
 	cRespOutOfRange  // response with a PSN that is not outstanding
 	cReadReplays     //
 	cAtomicReplays   //
-	cReadDeferred    // request dropped because a READ response was in progress
+	cReadDeferred    // READ or atomic dropped because as many as agreed were being answered
+	cReadPauses      // runs of READ responses with a pause behind
 	cCQOverflow      //
 	cAsyncDropped    //
 	cRemoteAccessErr // NAK 0x62 sent
@@ -55,7 +56,7 @@ var counterNames = [nCounters]string{
 	"rx_malformed", "rx_no_qp", "rx_bad_state", "rx_bad_source", "rx_bad_pkey", "rx_bad_qkey", "rx_bad_icrc", "rx_bad_df",
 	"rx_icrc_solved", "rx_no_recv", "rx_cnp", "rx_socket_drops", "tx_errors", "tx_blocked",
 	"duplicate_requests", "seq_nak_sent", "seq_nak_received", "rnr_nak_sent", "rnr_nak_received", "retransmits", "timeouts", "probes",
-	"implied_nak", "response_out_of_range", "read_replays", "atomic_replays", "read_deferred", "cq_overflow", "async_events_dropped",
+	"implied_nak", "response_out_of_range", "read_replays", "atomic_replays", "read_deferred", "read_pauses", "cq_overflow", "async_events_dropped",
 	"remote_access_errors", "remote_invalid_requests", "remote_operation_errors", "flushed", "cm_dropped",
 }
 

@@ -21,10 +21,9 @@ type swqe struct {
 	id       uint64
 	op       verbs.SendOpcode
 	flags    verbs.SendFlags
-	bad      bool   // a key was wrong at post
+	bad      bool   // a key was wrong at post, or a region deregistered
 	indirect bool   // elements of sgs are looked up at each access
 	started  bool   // PSNs assigned, at least one packet sent; a local operation: executed
-	out      bool   // READ, atomic: counted in rdOut
 	imm      uint32 // also the local key of READ with invalidate, the access of FAST_REG_MR, BIND_MW
 	total    uint32
 	rkey     uint32 // also the key of a local operation
@@ -37,7 +36,8 @@ type swqe struct {
 	cost     uint64  // bytes the message's packets cost the peer's receive buffer
 	startCum uint64  // cost of everything before it on this QP
 	got      psn.PSN // READ: next response PSN expected
-	asked    psn.PSN // READ: first PSN of the request last sent
+	chunk    int32   // READ: packets that one request asks for
+	out      int32   // READ, atomic: requests counted in rdOut
 }
 
 func (w *swqe) last() psn.PSN    { return w.first.Add(w.npkts - 1) }
@@ -283,14 +283,14 @@ func (q *qp) postLocalLocked(t uint32, wr *verbs.SendWR) error {
 		if !ok1 || !ok2 || m.pd.dev != d || l.pd.dev != d || m.fast == 0 {
 			return verbs.ErrInvalid
 		}
-		if !m.refs.TryGet() {
-			return verbs.ErrClosed
-		}
 		if err := l.take(); err != nil {
-			m.refs.Put()
 			return err
 		}
-		x.mr, x.list = m, l
+		if x.list = l; m.refs.TryGet() {
+			x.mr = m
+		} else {
+			w.bad = true
+		}
 		w.rkey, w.raddr, w.imm = uint32(r.Key), r.IOVA, uint32(r.Access)
 	case verbs.OpLocalInv:
 		w.rkey = uint32(wr.InvalidateRKey)
@@ -311,10 +311,11 @@ func (q *qp) postLocalLocked(t uint32, wr *verbs.SendWR) error {
 			if !ok || m.pd.dev != d {
 				return verbs.ErrInvalid
 			}
-			if !m.refs.TryGet() {
-				return verbs.ErrClosed
+			if m.refs.TryGet() {
+				x.mr = m
+			} else {
+				w.bad = true
 			}
-			x.mr = m
 		}
 		x.mw = win
 		w.rkey, w.raddr, w.cmp, w.imm = uint32(b.Key), b.Addr, b.Length, uint32(b.Access)
@@ -649,6 +650,7 @@ func (q *qp) enterErr() {
 		}
 		q.rdq = q.rdq[:0]
 		q.ackDue = false
+		q.paceUntil = time.Time{}
 	}
 	q.flushSends()
 	if q.srq == nil {

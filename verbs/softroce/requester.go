@@ -22,7 +22,8 @@ type requester struct {
 	max psn.PSN // next PSN never sent
 	cur uint32  // index of the send request nxt belongs to
 
-	rdOut     int // READs and atomics sent (before nxt) and not complete
+	rdOut     int // READ and atomic requests sent (before nxt) and not answered in full
+	readDue   int // packets of READ responses that they will bring
 	sinceAck  int // packets sent since one asked for an acknowledgement
 	sqdNotify bool
 
@@ -154,13 +155,40 @@ func (q *qp) start(w *swqe, st verbs.QPState) bool {
 		w.npkts = max(1, (int(w.total)+q.pmtu-1)/q.pmtu)
 		if !w.isRead() {
 			w.cost = uint64(w.total) + uint64(w.npkts)*pktOverhead
+		} else {
+			w.chunk = int32(q.readChunk())
+			w.cost = uint64(w.requests(w.npkts)) * pktOverhead
 		}
 	}
 	w.startCum = q.cumNew
 	q.cumNew += w.cost
-	w.got, w.asked = w.first, w.first
+	w.got = w.first
 	return true
 }
+
+// A READ goes out as one request for every chunk packets, not more of them at a time than fill our share of the
+// receive buffer: who answers cannot know how much that takes, and a kernel does not ask. Chunks are what
+// they are whatever is lost: a request that is repeated asks for the rest of its chunk.
+
+// maxReadChunk is how many packets one READ request asks for at most: what a responder sends in one go.
+const maxReadChunk = 128
+
+// readWindow is how many packets of READ responses may be due at a time: half of the buffer that a peer may
+// fill, the other half being for his requests.
+func (q *qp) readWindow() int {
+	return max(q.dev.attr.RecvWindow/2/(q.pmtu+pktOverhead), 2)
+}
+
+func (q *qp) readChunk() int {
+	n := min(q.readWindow(), q.pktLimit) / 2 // two at least under way
+	return min(max(n, 1), maxReadChunk)
+}
+
+// requests is how many requests ask for the first k packets of the READ.
+func (w *swqe) requests(k int) int { return (k + int(w.chunk) - 1) / int(w.chunk) }
+
+// chunkEnd is one past the last packet of the chunk that packet k of the READ is in.
+func (w *swqe) chunkEnd(k int) int { return min(w.npkts, k-k%int(w.chunk)+int(w.chunk)) }
 
 // execute carries out the local operation w, to which the queue has come, once and for good: a go-back passes it
 // by. It takes no PSN. Like any request it completes when all before it have (finishSend).
@@ -172,7 +200,7 @@ func (d *device) execute(q *qp, w *swqe, st verbs.QPState) bool {
 	ok, status := false, verbs.WCLocQPOpErr
 	switch w.op {
 	case verbs.OpFastRegMR:
-		ok = d.fastReg(q, w, x)
+		ok = !w.bad && d.fastReg(q, w, x)
 	case verbs.OpLocalInv:
 		if m := x.mr; m != nil && m.indirect() {
 			if m.uses > 0 && q.inUse(m) {
@@ -187,7 +215,7 @@ func (d *device) execute(q *qp, w *swqe, st verbs.QPState) bool {
 		}
 		ok = d.invalidate(q, w.rkey, false)
 	case verbs.OpBindMW:
-		ok, status = d.bind(q, w, x), verbs.WCMWBindErr
+		ok, status = !w.bad && d.bind(q, w, x), verbs.WCMWBindErr
 	}
 	if !ok {
 		if h == q.cur { // earlier requests finish first
@@ -221,8 +249,8 @@ func (q *qp) cumAt(w *swqe, p psn.PSN) uint64 {
 	if k >= w.npkts {
 		return w.startCum + w.cost
 	}
-	if w.isReadLike() {
-		return w.startCum + w.cost // the one request packet has been sent
+	if w.isRead() {
+		return w.startCum + uint64(w.requests(k))*pktOverhead
 	}
 	return w.startCum + uint64(k)*uint64(q.pmtu+pktOverhead)
 }
@@ -251,7 +279,9 @@ func (d *device) sendFrom(q *qp, w *swqe, limit int) (sent int, stop bool) {
 		}
 		step := 1
 		if w.isRead() {
-			step = w.npkts - k
+			if step = w.chunkEnd(k) - k; q.rdOut > 0 && (q.rdOut >= int(q.attr.MaxRDAtomic) || q.readDue+step > q.readWindow()) {
+				return sent, true // the next answer makes room
+			}
 		}
 		last := k+step == w.npkts
 		q.sinceAck++
@@ -270,12 +300,12 @@ func (d *device) sendFrom(q *qp, w *swqe, limit int) (sent int, stop bool) {
 		if resend {
 			d.stats.add(cRetransmits, 1)
 		}
-		if w.isReadLike() && !w.out {
-			w.out = true
+		if w.isReadLike() {
+			w.out++
 			q.rdOut++
-		}
-		if w.isRead() {
-			w.asked = q.nxt
+			if w.isRead() {
+				q.readDue += step
+			}
 		}
 		if q.timedAt.IsZero() && ack && !resend && !w.isRead() {
 			q.timedPSN, q.timedAt = q.nxt, d.now
@@ -307,7 +337,7 @@ func (d *device) emitRequest(q *qp, w *swqe, k int, ack bool) verdict {
 	var b pktBuilder
 	switch w.op {
 	case verbs.OpRead, verbs.OpReadWithInv:
-		rem := w.total - min(off, w.total)
+		rem := uint32(min(uint64(w.total), uint64(w.chunkEnd(k))*uint64(q.pmtu)) - uint64(off))
 		b.begin(d, q, roce.RCReadRequest, roce.BTHLen+roce.RETHLen, 0)
 		roce.PutRETH(b.hdr[roce.BTHLen:], w.raddr+uint64(off), w.rkey, rem)
 		b.finish(d, q, roce.RCReadRequest, false, true, q.attr.DestQPN, p, nil, 0)
@@ -391,7 +421,7 @@ func pick(only bool, a, b roce.Opcode) roce.Opcode {
 // is the first missing response.
 func (d *device) goBack(q *qp, p psn.PSN, loss bool) {
 	q.nxt = p
-	q.rdOut = 0
+	q.rdOut, q.readDue = 0, 0
 	h, t := q.head.Load(), q.tail.Load()
 	for q.cur = h; q.cur != t; q.cur++ {
 		w := q.slot(q.cur)
@@ -402,12 +432,10 @@ func (d *device) goBack(q *qp, p psn.PSN, loss bool) {
 			q.cumNxt = q.cumAt(w, p)
 			break
 		}
-		if w.out {
-			q.rdOut++
-		}
+		q.rdOut += int(w.out)
 	}
 	for i := q.cur; i != t && q.slot(i).started; i++ {
-		q.slot(i).out = false // to be sent again
+		q.slot(i).out = 0 // to be sent again
 	}
 	q.sinceAck = 0
 	q.timedAt = time.Time{} // Karn: no sample from what was sent twice
@@ -493,6 +521,14 @@ func (q *qp) grow(n uint64) {
 
 // timeout is called by runTimers when the QP's deadline or RNR wait may have passed.
 func (d *device) timeout(q *qp) {
+	if !q.paceUntil.IsZero() {
+		if d.now.Before(q.paceUntil) {
+			d.timers.add(q, q.paceUntil)
+		} else {
+			q.paceUntil = time.Time{}
+			d.dueAnswer(q)
+		}
+	}
 	if q.State() != verbs.StateRTS && q.State() != verbs.StateSQD {
 		return
 	}
@@ -549,7 +585,6 @@ func (d *device) probe(q *qp) {
 	p := q.una
 	if w.isReadLike() {
 		p = w.got
-		w.asked = p
 	}
 	k := p.Sub(w.first)
 	if k < 0 || k >= w.npkts {

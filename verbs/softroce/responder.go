@@ -34,10 +34,19 @@ type responder struct {
 
 	// READs and atomics: the most recent ones, to be replayed; and what is still to be answered, in PSN
 	// order.
-	ring     []rdEntry
-	ringNext int
-	rdq      []rdWork
-	deferred bool // a request was dropped because rdq was not empty
+	ring      []rdEntry
+	ringNext  int
+	rdq       []rdWork
+	deferred  bool          // a request was dropped because rdq was not empty
+	dying     pendingNAK    // what ends the QP when rdq is empty
+	paceUntil time.Time     // no responses before
+	readGap   time.Duration // between runs of responses; 0: readGapMin
+}
+
+// pendingNAK is a fatal NAK that waits for the answers before it.
+type pendingNAK struct {
+	syn    uint8 // 0: none
+	status verbs.WCStatus
 }
 
 // rdEntry is an executed READ or atomic. It keeps key and range, never a reference: a replay
@@ -56,6 +65,7 @@ type rdEntry struct {
 // rdWork is an answer in progress: packets [next, end) of a READ, or an atomic's one.
 type rdWork struct {
 	atomic bool
+	replay bool // answered before, at least in part
 	orig   uint64
 	msn    uint32
 	start  psn.PSN // first PSN of this answer: carries First or Only
@@ -94,14 +104,16 @@ func (d *device) request(q *qp, pk *roce.Packet) {
 		}
 		return
 	}
-	if len(q.rdq) > 0 {
-		// Requests execute in order, and the answer to a READ before this one is still on its way out. It
-		// will not take long; the peer is told then.
+	if q.dying.syn != 0 {
+		return
+	}
+	f := pk.Info.Flags
+	if f&(roce.FlagRead|roce.FlagAtomic) != 0 && len(q.rdq) > 0 && len(q.rdq) >= len(q.ring) {
+		// More at a time than agreed. It will not take long; the peer is told then.
 		q.deferred = true
 		d.stats.add(cReadDeferred, 1)
 		return
 	}
-	f := pk.Info.Flags
 	if !pk.Info.Valid {
 		d.nak(q, roce.SynNAKInvReq)
 		return
@@ -148,6 +160,10 @@ func (d *device) takeRecv(q *qp, p psn.PSN) bool {
 		}
 	} else {
 		ok = q.rq.take(&q.w)
+	}
+	if !ok && len(q.rdq) > 0 {
+		q.deferred = true // no NAK before the responses that are due
+		return false
 	}
 	if !ok {
 		d.stats.add(cRNRSent, 1)
@@ -398,13 +414,16 @@ func (d *device) replayRead(q *qp, pk *roce.Packet, p psn.PSN) {
 			return
 		}
 		n := max(1, (int(r.Len())+q.pmtu-1)/q.pmtu)
-		w := rdWork{msn: q.msn, start: p, next: p, end: p.Add(n), va: r.VA(), rkey: r.RKey(), length: r.Len()}
+		w := rdWork{replay: true, msn: q.msn, start: p, next: p, end: p.Add(n), va: r.VA(), rkey: r.RKey(), length: r.Len()}
 		d.stats.add(cReadReplays, 1)
+		q.readGap = min(max(q.readGap, readGapMin)*2, readGapMax)
 		// A READ in progress is moved, never started a second time: else duplicates would multiply its
 		// responses.
 		for k := range q.rdq {
 			if x := &q.rdq[k]; !x.atomic && (p.InRange(x.start, x.end) || x.start.InRange(p, w.end)) {
-				*x = w
+				if x.next != x.start || x.start != p {
+					*x = w
+				}
 				d.dueAnswer(q)
 				return
 			}
@@ -439,6 +458,10 @@ func (d *device) nak(q *qp, syn uint8) { d.nakRecv(q, syn, verbs.WCRemInvReqErr)
 // nakRecv is nak; the receive request in use, if any, completes with s, otherwise an async event
 // tells.
 func (d *device) nakRecv(q *qp, syn uint8, s verbs.WCStatus) {
+	if len(q.rdq) > 0 {
+		q.dying = pendingNAK{syn, s}
+		return
+	}
 	ev := verbs.EventQPRequestErr
 	switch syn {
 	case roce.SynNAKInvReq:
@@ -477,39 +500,82 @@ func (d *device) dueAnswer(q *qp) {
 	}
 }
 
+// READ responses leave in runs of at most readRun packets per QP and step, so that nobody's answer delays the
+// others by more. Who reads takes them at his own pace and says nothing about it. One of ours asks for no more
+// than its buffer takes; after a run that the peer's window has no room for beside our own requests, and
+// after any run towards a kernel, there is a pause, longer when READs have had to be repeated
+// (rocev2 spec 4.9).
+const (
+	readRun    = 128
+	readRunMin = 16
+	readGapMin = 256 * time.Microsecond // 2 us a packet: what soft RoCE takes
+	readGapMax = 16 * time.Millisecond
+)
+
+// readBudget is how many READ responses may leave in this step, and whether a pause is due after them.
+func (q *qp) readBudget() (n int, pause bool) {
+	if q.window == 0 {
+		return readRun, true
+	}
+	room := (int64(q.window) - int64(q.cumNxt-q.cumUna)) / int64(q.pmtu+pktOverhead)
+	if room >= readRun {
+		return readRun, false
+	}
+	return int(max(room, readRunMin)), true
+}
+
 // answer sends what the QP owes its peer: responses to READs and atomics in order, then one
 // coalesced ACK. It reports whether responses are left for the next step.
 func (d *device) answer(q *qp) (more bool) {
 	if s := q.State(); s == verbs.StateErr || s == verbs.StateReset || q.closed.Load() {
 		return false
 	}
-	budget := stepPackets
+	if d.now.Before(q.paceUntil) {
+		return false // timeout comes back to it
+	}
+	budget, pause := q.readBudget()
 	for len(q.rdq) > 0 {
 		if !d.tx.ready() {
 			return true
 		}
 		w := &q.rdq[0]
+		if q.ackDue && q.hasExec && q.lastExec.Less(w.start) {
+			q.ackDue = false
+			d.sendAck(q, roce.SynACK, q.lastExec)
+			continue
+		}
 		if w.atomic {
 			d.sendAtomicAck(q, w)
-		} else if n, ok := d.sendReadResponses(q, w, budget); !ok {
-			// The region went away under the READ. Never a NAK behind a response (rocev2 spec 4.9):
-			// stop, and let the connection end.
-			d.stats.add(cRemoteAccessErr, 1)
-			if w.next == w.start && w.start.Add(1) == q.epsn {
-				q.epsn = w.start
-				d.nak(q, roce.SynNAKAccess)
-				return false
-			}
-			d.async(verbs.AsyncEvent{Type: verbs.EventQPAccessErr, QP: q})
-			q.enterErr()
-			return false
-		} else if budget -= n; w.next != w.end {
-			return true
+			q.popAnswer()
+			continue
 		}
-		q.rdq = append(q.rdq[:0], q.rdq[1:]...)
+		n, ok := d.sendReadResponses(q, w, budget)
+		if !ok {
+			d.readFailed(q, w)
+			return false
+		}
+		if w.next == w.end {
+			if !w.replay {
+				q.readGap = max(q.readGap-q.readGap/8, readGapMin)
+			}
+			q.popAnswer()
+		}
+		if budget -= n; budget <= 0 && len(q.rdq) > 0 {
+			if !pause {
+				return true
+			}
+			d.stats.add(cReadPauses, 1)
+			q.paceUntil = d.now.Add(max(q.readGap, readGapMin))
+			d.timers.add(q, q.paceUntil)
+			return false
+		}
 	}
 	if !d.tx.ready() {
 		return true
+	}
+	if q.dying.syn != 0 {
+		d.nakRecv(q, q.dying.syn, q.dying.status)
+		return false
 	}
 	if q.ackDue {
 		q.ackDue = false
@@ -524,6 +590,21 @@ func (d *device) answer(q *qp) (more bool) {
 		}
 	}
 	return false
+}
+
+// popAnswer takes the first answer, which has been given, off the queue.
+func (q *qp) popAnswer() { q.rdq = append(q.rdq[:0], q.rdq[1:]...) }
+
+// readFailed ends the QP because the region went away under the READ that is being answered. Never a NAK
+// behind a response (rocev2 spec 4.9): the connection just ends.
+func (d *device) readFailed(q *qp, w *rdWork) {
+	p, nak := w.start, !w.replay && w.next == w.start
+	d.stats.add(cRemoteAccessErr, 1)
+	d.async(verbs.AsyncEvent{Type: verbs.EventQPAccessErr, QP: q})
+	q.enterErr()
+	if nak {
+		d.sendAck(q, roce.SynNAKAccess, p)
+	}
 }
 
 // sendReadResponses sends at most limit packets of a READ's answer, straight from the region, which is
