@@ -27,24 +27,26 @@ type Conn struct {
 	mu sync.Mutex // see the package comment for its place in the lock order
 
 	// The send side; all guarded by mu.
-	q        sendQueue
-	link     *ib.Link // the incarnation; nil in down
-	up       bool     // link may be posted to
-	open     bool     // the peer is one of us
-	frag     int      // payload of a SEND if it takes one fragment each; 0: SENDs are runs
-	closed   bool     // Manager.Close is through with it: nothing is accepted
-	txBusy   bool     // there is a transmitter
-	txIdle   chan struct{}
-	flush    bool   // post what there is, full or not, until the queue is empty
-	ackNow   bool   // an acknowledgement is due
-	ackArmed bool   // the delayed acknowledgement's timer runs
-	ackAtArm uint64 // ackSent when it was set
-	ackNext  uint64 // last sequence received
-	ackSent  uint64 // the last one posted
-	asked    uint64 // open: sequence after the last message that asked for an acknowledgement
-	mapDue   bool   // our congestion map is to be sent
-	markDue  bool   // our mark is to be sent, before anything else
-	mapChunk *slab.Chunk
+	q         sendQueue
+	link      *ib.Link      // the incarnation; nil in down
+	up        bool          // link may be posted to
+	open      bool          // the peer is one of us
+	frag      int           // payload of a SEND if it takes one fragment each; 0: SENDs are runs
+	closed    bool          // Manager.Close is through with it: nothing is accepted
+	upWait    chan struct{} // closed when up, or closed, turns true: WaitUp
+	upWaiters int
+	txBusy    bool // there is a transmitter
+	txIdle    chan struct{}
+	flush     bool   // post what there is, full or not, until the queue is empty
+	ackNow    bool   // an acknowledgement is due
+	ackArmed  bool   // the delayed acknowledgement's timer runs
+	ackAtArm  uint64 // ackSent when it was set
+	ackNext   uint64 // last sequence received
+	ackSent   uint64 // the last one posted
+	asked     uint64 // open: sequence after the last message that asked for an acknowledgement
+	mapDue    bool   // our congestion map is to be sent
+	markDue   bool   // our mark is to be sent, before anything else
+	mapChunk  *slab.Chunk
 
 	sendQueued uint64 // counters
 	contention uint64

@@ -146,10 +146,10 @@ func (c *Conn) pause(d time.Duration) {
 	}
 }
 
-// wantedLocked decides whether to connect: something is queued; or the connection was lost and the peer is not
+// wantedLocked decides whether to connect: something is queued; somebody waits for it; or the connection was lost and the peer is not
 // known to be dead; or a port there is congested, and writers wait for a map.
 func (c *Conn) wantedLocked() bool {
-	return c.q.una != c.q.tail || c.ctl.keep || c.peer.cong.Load() != nil
+	return c.q.una != c.q.tail || c.upWaiters > 0 || c.ctl.keep || c.peer.cong.Load() != nil
 }
 
 // LinkBroken implements ib.Upper.
@@ -373,6 +373,7 @@ func (c *Conn) establish(ctx context.Context, l *ib.Link, h *ib.Hello, info verb
 	}
 	c.beat = heartbeat{heard: true, una: c.q.una}
 	c.up = true
+	c.wakeUpWaitLocked()
 	c.armTickLocked()
 	c.transmitLocked()
 	r.tell()

@@ -48,6 +48,7 @@ type hostOptions struct {
 	sr     softroce.Config
 
 	slabBytes int64
+	wrap      func(verbs.Provider) verbs.Provider // nil: as it is
 }
 
 func newHost(t testing.TB, net packetio.Network, addr netip.Addr, mod ...func(*hostOptions)) *host {
@@ -64,7 +65,11 @@ func newHost(t testing.TB, net packetio.Network, addr netip.Addr, mod ...func(*h
 	if h.slab, err = slab.New(slab.Config{Name: addr.String(), MaxBytes: o.slabBytes}); err != nil {
 		t.Fatal(err)
 	}
-	o.regCfg.Providers = []verbs.Provider{softroce.New(o.sr)}
+	var p verbs.Provider = softroce.New(o.sr)
+	if o.wrap != nil {
+		p = o.wrap(p)
+	}
+	o.regCfg.Providers = []verbs.Provider{p}
 	o.regCfg.Slab, o.regCfg.Epoch = h.slab, h.epoch
 	h.reg = ibdev.NewRegistry(o.regCfg)
 	o.cfg.Registry, o.cfg.Slab, o.cfg.Epoch = h.reg, h.slab, h.epoch
@@ -140,6 +145,7 @@ type gotMsg struct {
 	seq          uint64
 	sport, dport uint16
 	data         []byte
+	ext          Ext
 }
 
 func newTestSink() *testSink { return &testSink{} }
@@ -163,7 +169,11 @@ func (s *testSink) Deliver(c *Conn, msgs []Incoming) int {
 		if len(data) != m.Len {
 			panic(fmt.Sprintf("message of %d bytes has pieces of %d", m.Len, len(data)))
 		}
-		s.msgs = append(s.msgs, gotMsg{c.Remote(), m.Seq, m.SrcPort, m.DstPort, data})
+		got := gotMsg{c.Remote(), m.Seq, m.SrcPort, m.DstPort, data, Ext{}}
+		if m.Ext != nil {
+			got.ext = *m.Ext
+		}
+		s.msgs = append(s.msgs, got)
 		if s.hold && m.First.Buf != nil {
 			m.First.Buf.Get()
 			s.held = append(s.held, m.First.Buf)

@@ -412,6 +412,7 @@ func (c *Conn) close() int {
 	// 1. Nothing is accepted any more; the control side shuts down what is up and ends.
 	c.mu.Lock()
 	c.closed = true
+	c.wakeUpWaitLocked()
 	c.ctl.closing = true
 	stopped := make(chan struct{})
 	c.ctl.stopped = stopped

@@ -77,7 +77,7 @@ func (c *Conn) SendExtra(owner Owner, srcPort, dstPort uint16, payload []byte, f
 		return c.SendMsg(owner, srcPort, dstPort, payload, flags)
 	}
 	err := c.send(owner, srcPort, dstPort, payload, flags, &s)
-	if err == nil && s.op != nil {
+	if err == nil && x.RDMA != nil {
 		c.m.count.sendRDMA.Inc()
 	}
 	return err

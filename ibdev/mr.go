@@ -46,6 +46,9 @@ func (d *Device) SGE(c *slab.Chunk, off, n int) (verbs.SGE, error) {
 	return verbs.SGE{Addr: e.base + uint64(c.Offset()+off), Length: uint32(n), LKey: e.lkey}, nil
 }
 
+// PD is the protection domain of everything on the device, for what the pools do not register.
+func (d *Device) PD() verbs.PD { return d.pd }
+
 var errDeviceClosed = errors.New("device is being torn down")
 
 // register makes an MR of r. Its IOVA is the address of its memory: verbs in hardware want the two to
