@@ -344,12 +344,12 @@ func (p *recvPool) close() error {
 
 // RecvStats describes a shared receive queue.
 type RecvStats struct {
-	BufBytes int // of one buffer
-	Posted   int
-	Target   int // how many the queue keeps posted
-	Idle     int // with memory, not posted
-	Live     int // with memory: posted, idle, or held by somebody
-	Max      int
+	BufBytes int `json:"buf_bytes"` // of one buffer
+	Posted   int `json:"posted"`
+	Target   int `json:"target"` // how many the queue keeps posted
+	Idle     int `json:"idle"`   // with memory, not posted
+	Live     int `json:"live"`   // with memory: posted, idle, or held by somebody
+	Max      int `json:"max"`
 }
 
 func (p *recvPool) snapshot() RecvStats {

@@ -10,6 +10,7 @@ import (
 
 	"github.com/openrds/openrds/conn"
 	"github.com/openrds/openrds/ibdev"
+	"github.com/openrds/openrds/verbs"
 )
 
 // fakeNet joins Services without connections: what one sends is delivered to the other on the sender's stack. Tests
@@ -103,6 +104,7 @@ func (tr *fakeTransport) Progress() bool {
 
 func (tr *fakeTransport) Park() {}
 
+func (tr *fakeTransport) Providers() []verbs.Provider              { return nil }
 func (tr *fakeTransport) Conns() []*conn.Conn                      { return nil }
 func (tr *fakeTransport) Stats() (conn.Stats, []ibdev.DeviceStats) { return conn.Stats{}, nil }
 

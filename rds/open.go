@@ -21,10 +21,11 @@ const teardownBound = 10 * time.Second
 // stack is the transport of a Service: everything below the sockets, built here and taken down
 // here.
 type stack struct {
-	mgr   *conn.Manager
-	reg   *ibdev.Registry
-	slab  *slab.Slab
-	epoch *epoch.Domain
+	providers []verbs.Provider
+	mgr       *conn.Manager
+	reg       *ibdev.Registry
+	slab      *slab.Slab
+	epoch     *epoch.Domain
 }
 
 func openTransport(cfg *Config, k conn.Sink) (transport, error) {
@@ -50,6 +51,7 @@ func openTransport(cfg *Config, k conn.Sink) (transport, error) {
 	cc.Registry, cc.Slab, cc.Epoch, cc.Sink = st.reg, st.slab, st.epoch, k
 	cc.Logger, cc.Dialect = cfg.Logger.Named("conn"), cfg.Dialect
 	st.mgr = conn.NewManager(cc)
+	st.providers = providers
 	return st, nil
 }
 
@@ -69,6 +71,8 @@ func (st *stack) SetCongested(local netip.Addr, port uint16, on bool) {
 
 func (st *stack) Progress() bool { return st.mgr.Progress() }
 func (st *stack) Park()          { st.mgr.Park() }
+
+func (st *stack) Providers() []verbs.Provider { return st.providers }
 
 func (st *stack) Conns() []*conn.Conn { return st.mgr.Conns() }
 

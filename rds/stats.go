@@ -134,8 +134,8 @@ func (svc *Service) Stats() Stats {
 
 // Counter is one line of rds-info -c.
 type Counter struct {
-	Name  string
-	Value uint64
+	Name  string `json:"name"`
+	Value uint64 `json:"value"`
 }
 
 // Counters lists all counters: the kernel's first, in the kernel's order, then ours, then the devices' as
@@ -198,15 +198,15 @@ func snake(name string) string {
 
 // SocketInfo describes a bound socket, as rds-info -k does (rds-protocol spec 6.1).
 type SocketInfo struct {
-	Local         Addr
-	Connected     Addr // default destination, zero if none
-	SendBuffer    int64
-	ReceiveBuffer int64
-	UnackedMsgs   int
-	UnackedBytes  int64
-	QueuedBytes   int64 // payload that nobody read yet
-	Congested     bool
-	Loans         int64
+	Local         Addr  `json:"local"`
+	Connected     Addr  `json:"connected"` // default destination, zero if none
+	SendBuffer    int64 `json:"send_buffer"`
+	ReceiveBuffer int64 `json:"receive_buffer"`
+	UnackedMsgs   int   `json:"unacked_msgs"`
+	UnackedBytes  int64 `json:"unacked_bytes"`
+	QueuedBytes   int64 `json:"queued_bytes"` // payload that nobody read yet
+	Congested     bool  `json:"congested"`
+	Loans         int64 `json:"loans"`
 }
 
 // Sockets lists the bound sockets by address and port.

@@ -6,6 +6,7 @@ import (
 
 	"github.com/openrds/openrds/conn"
 	"github.com/openrds/openrds/ibdev"
+	"github.com/openrds/openrds/verbs"
 )
 
 // transport is what a Service needs of a conn.Manager. Tests put their own in its place.
@@ -21,6 +22,8 @@ type transport interface {
 	Progress() bool
 	// Park says that the caller, who has called Progress, is about to sleep.
 	Park()
+	// Providers are those of the devices.
+	Providers() []verbs.Provider
 	// Conns are the connections of this moment, in no order.
 	Conns() []*conn.Conn
 	// Stats are the counters of everything below.

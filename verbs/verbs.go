@@ -3,6 +3,7 @@ package verbs
 import (
 	"context"
 	"net/netip"
+	"time"
 )
 
 // Provider opens devices.
@@ -27,6 +28,26 @@ type DeviceWatcher interface {
 type DeviceEvent struct {
 	Addr    netip.Addr
 	Present bool
+}
+
+// PacketTracer is implemented by providers that see packets (a capture on the interface does not show what
+// hardware does, and needs rights; this needs none).
+type PacketTracer interface {
+	// TracePackets calls fn for every packet in and out until stop has returned. fn runs on the data path: it copies what
+	// it wants of the payload, and may not wait or call the provider. Not in a handler.
+	TracePackets(fn func(Packet)) (stop func())
+}
+
+// Packet is a UDP datagram as it was seen by a provider.
+type Packet struct {
+	Time          time.Time
+	Out           bool
+	Local, Remote netip.AddrPort
+	TrafficClass  uint8
+	HopLimit      uint8
+	// ID is the IPv4 identification of a packet out, and of one in where it can be told: the index in its train.
+	ID      uint16
+	Payload []byte // BTH to ICRC; the provider's, for the time of the call
 }
 
 // Device is an opened RDMA device with one port.

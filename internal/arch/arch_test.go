@@ -81,6 +81,8 @@ var layers = []struct {
 	{"conn/ib", []string{"verbs", "mrpool", "ibdev", "internal/slab", "internal/wire/rdshdr", "internal/invariants"}},
 	{"conn", []string{"verbs", "mrpool", "ibdev", "conn/ib", "internal/epoch", "internal/ref", "internal/slab", "internal/wire/rdshdr", "internal/invariants"}},
 	{"rds", []string{"verbs", "verbs/softroce", "mrpool", "ibdev", "conn", "internal/epoch", "internal/ref", "internal/slab", "internal/packetio", "internal/invariants", "internal/pagemem"}},
+	{"internal/rdsping", []string{"rds"}},
+	{"rds/rdsdebug", []string{"verbs", "rds", "internal/rdsping"}},
 }
 
 // outside is what core packages may import beyond the standard library and each other.

@@ -86,6 +86,8 @@ type Provider struct {
 	mu      sync.Mutex
 	devs    map[netip.Addr]*device // open, and not removed
 	removed map[netip.Addr]bool    // by Remove
+
+	tracers atomic.Pointer[[]*tracer] // of TracePackets; nil: none, and the list is never changed
 }
 
 // New makes a provider.

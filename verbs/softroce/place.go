@@ -25,10 +25,14 @@ const placeMisses = 16
 // receiveBatch takes trains from the socket and handles them. It returns how many.
 func (d *device) receiveBatch() int {
 	pl := &d.place
-	if pl.srq == nil {
+	traced := d.prov.tracers.Load() != nil
+	if pl.srq == nil || traced {
 		n, err := d.conn.Recv(d.rx[:])
 		if err != nil {
 			return 0
+		}
+		if traced {
+			d.traceIn(d.rx[:n])
 		}
 		for i := range d.rx[:n] {
 			d.receive(&d.rx[i])

@@ -185,6 +185,9 @@ func (t *txBatch) flush() {
 			d.stats.add(cTxBytes, uint64(tr.SegSize*tr.Segs))
 		}
 		d.stats.add(cTxTrains, uint64(n))
+		if d.prov.tracers.Load() != nil {
+			d.traceOut(t.trains[t.done : t.done+n])
+		}
 		t.done += n
 		if t.done == len(t.trains) {
 			break

@@ -1,0 +1,356 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"testing/fstest"
+	"time"
+
+	"github.com/gopacket/gopacket/layers"
+	"github.com/gopacket/gopacket/pcapgo"
+
+	"github.com/openrds/openrds/internal/leak"
+	"github.com/openrds/openrds/rds"
+	"github.com/openrds/openrds/rds/rdsdebug"
+)
+
+func TestMain(m *testing.M) { leak.Main(m) }
+
+// rdsctl runs the command.
+func rdsctl(ctx context.Context, args ...string) (stdout, stderr string, code int) {
+	var out, err bytes.Buffer
+	code = run(ctx, args, &out, &err)
+	return out.String(), err.String(), code
+}
+
+// world is two Services with a debug socket each; the first has a datagram on its way to the second.
+func world(t *testing.T) (dir string, port uint16, sock *rds.Socket) {
+	t.Helper()
+	c, err := net.ListenUDP("udp", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	port = c.LocalAddr().(*net.UDPAddr).AddrPort().Port()
+	c.Close()
+	dir = filepath.Join(t.TempDir(), "run")
+	for _, a := range []string{"127.0.0.95:4000", "127.0.0.96:5000"} {
+		svc, err := rds.Open(rds.Config{UDPPort: port})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := svc.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+		s, err := svc.ListenPacket(t.Context(), a)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if sock == nil {
+			sock = s
+		}
+		srv, err := rdsdebug.ListenIn(svc, dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { srv.Close() })
+	}
+	if _, err := sock.WriteToAddrPort(make([]byte, 77), netip.MustParseAddrPort("127.0.0.96:5000")); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		if n, _ := sock.Unacknowledged(); n == 0 {
+			return dir, port, sock
+		}
+	}
+	t.Fatal("the datagram is not acknowledged")
+	return
+}
+
+func TestInfo(t *testing.T) {
+	dir, _, _ := world(t)
+	out, _, code := rdsctl(t.Context(), "--dir", dir, "info", "-n", "-r")
+	if code != 0 || strings.Count(out, "RDS Connections:") != 2 || !strings.Contains(out, "     127.0.0.96  5000      127.0.0.95  4000    0") || strings.Contains(out, "Counters") {
+		t.Errorf("status %d:\n%s", code, out)
+	}
+	out, _, code = rdsctl(t.Context(), "--dir", dir, "info", "--json")
+	var all []rds.Info
+	if err := json.Unmarshal([]byte(out), &all); err != nil || code != 0 || len(all) != 2 || len(all[0].Counters) == 0 {
+		t.Errorf("status %d, %v, %d services", code, err, len(all))
+	}
+	if out, _, code := rdsctl(t.Context(), "--dir", dir, "info", "-T"); code != 0 || !strings.Contains(out, "TCP Connections:") || strings.Contains(out, "Counters") {
+		t.Errorf("status %d:\n%s", code, out)
+	}
+	if _, errs, code := rdsctl(t.Context(), "--dir", t.TempDir(), "info"); code != 0 || !strings.Contains(errs, "no process") {
+		t.Errorf("nobody there: status %d, %q", code, errs)
+	}
+	// --watch goes on until it is interrupted.
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	if out, _, code := rdsctl(ctx, "--dir", dir, "info", "-c", "--watch", "10ms"); code != 0 || strings.Count(out, "Counters:") < 4 {
+		t.Errorf("status %d, %d times", code, strings.Count(out, "Counters:"))
+	}
+}
+
+func TestPing(t *testing.T) {
+	dir, port, _ := world(t)
+	// Through the process that owns the source address,
+	out, errs, code := rdsctl(t.Context(), "--dir", dir, "ping", "-c", "3", "-i", "1ms", "-I", "127.0.0.95", "127.0.0.96")
+	if code != 0 || strings.Count(out, " usec\n") != 3 || !strings.HasPrefix(out, "   0: ") {
+		t.Errorf("status %d: %q %q", code, out, errs)
+	}
+	// and from an address that nobody has yet.
+	out, errs, code = rdsctl(t.Context(), "--dir", dir, "ping", "-c", "2", "-i", "1ms", "-I", "127.0.0.97", "--roce-port", fmt.Sprint(port), "127.0.0.96")
+	if code != 0 || strings.Count(out, " usec\n") != 2 {
+		t.Errorf("status %d: %q %q", code, out, errs)
+	}
+	if out, _, code := rdsctl(t.Context(), "--dir", dir, "ping", "-c", "1", "--wait", "10ms", "-I", "127.0.0.97", "--roce-port", fmt.Sprint(port), "127.0.0.98"); code != 1 || out != "" {
+		t.Errorf("nobody answers: status %d, %q", code, out)
+	}
+	for _, c := range [][]string{{"ping"}, {"ping", "-i", "0", "127.0.0.1"}, {"ping", "-i", "x", "127.0.0.1"}, {"ping", "-c", "-1", "127.0.0.1"}, {"ping", "-I", "me", "127.0.0.1"}, {"ping", "--none", "127.0.0.1"}} {
+		if _, errs, code := rdsctl(t.Context(), c...); code != 2 || errs == "" {
+			t.Errorf("%v: status %d, %q", c, code, errs)
+		}
+	}
+}
+
+func TestParseInterval(t *testing.T) {
+	for s, want := range map[string]time.Duration{"1": time.Second, "0.5": time.Second / 2, "10ms": 10 * time.Millisecond, "7us": 7 * time.Microsecond} {
+		if d, err := parseInterval(s); err != nil || d != want {
+			t.Errorf("%s: %v, %v", s, d, err)
+		}
+	}
+}
+
+// A trace is a pcapng file with as many packets as were asked for.
+func TestTrace(t *testing.T) {
+	dir, _, sock := world(t)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	go func() {
+		for ctx.Err() == nil {
+			sock.TrySend(rds.Message{Peer: netip.MustParseAddrPort("127.0.0.96:5000"), Data: make([]byte, 5000)})
+			time.Sleep(time.Millisecond)
+		}
+	}()
+	file := filepath.Join(t.TempDir(), "x.pcapng")
+	if _, errs, code := rdsctl(ctx, "--dir", dir, "trace", "-w", file, "-n", "25"); code != 2 || !strings.Contains(errs, "--pid") {
+		// Both Services are of this process; several processes are told apart by --pid, several Services of one are not.
+		t.Errorf("two to choose from: status %d, %q", code, errs)
+	}
+	paths, err := rdsdebug.Discover(dir)
+	if err != nil || len(paths) != 2 {
+		t.Fatal(paths, err)
+	}
+	f, err := os.Create(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n, _, err := trace(ctx, rdsdebug.NewClient(paths[0]), f, 25, false)
+	if err != nil || n != 25 || f.Close() != nil {
+		t.Fatalf("%d packets, %v", n, err)
+	}
+	f, err = os.Open(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	r, err := pcapgo.NewNgReader(f, pcapgo.DefaultNgReaderOptions)
+	if err != nil || r.LinkType() != layers.LinkTypeRaw {
+		t.Fatal(r.LinkType(), err)
+	}
+	got := 0
+	var last time.Time
+	for {
+		data, ci, err := r.ReadPacketData()
+		if err != nil {
+			break
+		}
+		got++
+		if data[0]>>4 != 4 || ci.Timestamp.Before(last) || time.Since(ci.Timestamp) > time.Minute {
+			t.Errorf("packet %d at %v: %x", got, ci.Timestamp, data[:20])
+		}
+		last = ci.Timestamp
+	}
+	if got != 25 {
+		t.Errorf("%d packets in the file", got)
+	}
+}
+
+func TestMan(t *testing.T) {
+	dir := t.TempDir()
+	if _, errs, code := rdsctl(t.Context(), "man", dir); code != 0 {
+		t.Fatal(errs)
+	}
+	for _, name := range []string{"rdsctl.1", "rdsctl-info.1", "rdsctl-ping.1", "rdsctl-doctor.1", "rdsctl-trace.1"} {
+		if b, err := os.ReadFile(filepath.Join(dir, name)); err != nil || !bytes.Contains(b, []byte(".TH \"RDSCTL")) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if out, _, code := rdsctl(t.Context(), "completion", "bash"); code != 0 || !strings.Contains(out, "__start_rdsctl") {
+		t.Errorf("completion: status %d", code)
+	}
+}
+
+// healthy is a machine without findings, hardware included.
+func healthy() fstest.MapFS {
+	file := func(s string) *fstest.MapFile { return &fstest.MapFile{Data: []byte(s), Mode: 0o666} }
+	link := func(s string) *fstest.MapFile { return &fstest.MapFile{Data: []byte(s), Mode: fs.ModeSymlink | 0o777} }
+	return fstest.MapFS{
+		"dev/infiniband/uverbs0":                                 file(""),
+		"dev/infiniband/rdma_cm":                                 file(""),
+		"sys/class/infiniband/mlx5_0/ports/1/gids/0":             file("fe80:0000:0000:0000:0000:0000:0000:0001\n"),
+		"sys/class/infiniband/mlx5_0/ports/1/gids/1":             file(zeroGID + "\n"),
+		"sys/class/infiniband/mlx5_0/ports/1/gid_attrs/types/0":  file("RoCE v2\n"),
+		"sys/class/infiniband/mlx5_0/ports/1/link_layer":         file("Ethernet\n"),
+		"sys/class/net/lo/mtu":                                   file("65536\n"),
+		"sys/class/net/eth0/mtu":                                 file("9000\n"),
+		"sys/class/net/eth0/operstate":                           file("up\n"),
+		"proc/self/limits":                                       file("Limit   Soft Limit   Hard Limit   Units\nMax locked memory         unlimited            unlimited            bytes     \n"),
+		"proc/sys/net/core/rmem_max":                             file("16777216\n"),
+		"proc/sys/net/core/wmem_max":                             file("16777216\n"),
+		"proc/net/udp":                                           file("  sl  local_address rem_address   st\n  1: 00000000:0044 00000000:0000 07 00000000:00000000 00:00000000 00000000     0        0 100 2 0 0\n"),
+		"proc/sys/vm/unprivileged_userfaultfd":                   file("1\n"),
+		"proc/self/ns/net":                                       link("net:[4026531840]"),
+		"proc/1/ns/net":                                          link("net:[4026531840]"),
+		"sys/module/ib_core/refcnt":                              file("1\n"),
+		"etc/modprobe.d/other.conf":                              file("# nothing\noptions snd power_save=1\n"),
+		"proc/77/comm":                                           file("oracle\n"),
+		"proc/77/fd/5":                                           link("socket:[4711]"),
+		"sys/class/infiniband/mlx5_0/ports/1/gid_attrs/ndevs/0":  file("eth0\n"),
+		"sys/class/infiniband/mlx5_0/ports/1/gid_attrs/types/99": file("\n"),
+	}
+}
+
+// Each condition that doctor knows, made on an otherwise healthy machine, gives its finding and the line that mends it.
+func TestDoctorConditions(t *testing.T) {
+	file := func(s string) *fstest.MapFile { return &fstest.MapFile{Data: []byte(s), Mode: 0o666} }
+	set := func(kv ...string) func(fstest.MapFS) {
+		return func(m fstest.MapFS) {
+			for i := 0; i < len(kv); i += 2 {
+				m[kv[i]] = file(kv[i+1])
+			}
+		}
+	}
+	drop := func(prefix string) func(fstest.MapFS) {
+		return func(m fstest.MapFS) {
+			for name := range m {
+				if strings.HasPrefix(name, prefix) {
+					delete(m, name)
+				}
+			}
+		}
+	}
+	udp := func(addr string) func(fstest.MapFS) {
+		return set("proc/net/udp", "  sl ...\n  1: "+addr+":12B7 00000000:0000 07 00000000:00000000 00:00000000 00000000     0        0 4711 2 0 0\n")
+	}
+	for _, c := range []struct {
+		name   string
+		change func(fstest.MapFS)
+		check  string
+		level  level
+		text   string
+		mend   string
+	}{
+		{"no uverbs", drop("dev/infiniband/uverbs"), "hardware", warn, "uverbs", "modprobe ib_uverbs"},
+		{"uverbs for root only", func(m fstest.MapFS) { m["dev/infiniband/uverbs0"].Mode = 0o600 }, "hardware", warn, "not for everybody", "chmod 0666 /dev/infiniband/uverbs0"},
+		{"no rdma_cm", drop("dev/infiniband/rdma_cm"), "hardware", warn, "rdma_cm", "modprobe rdma_ucm"},
+		{"no GID", set("sys/class/infiniband/mlx5_0/ports/1/gids/0", zeroGID), "gids", warn, "no GID", "ip address add"},
+		{"RoCE v1 only", set("sys/class/infiniband/mlx5_0/ports/1/gid_attrs/types/0", "IB/RoCE v1"), "gids", warn, "no RoCE v2", "cma_roce_mode"},
+		{"memlock", set("proc/self/limits", "Max locked memory         65536                65536                bytes\n"), "memlock", bad, "65536", "ulimit -l unlimited"},
+		{"small MTU", set("sys/class/net/eth0/mtu", "1500"), "mtu", note, "1024", "ip link set dev eth0 mtu 4200"},
+		{"rmem", set("proc/sys/net/core/rmem_max", "212992"), "buffers", warn, "212992", "sysctl -w net.core.rmem_max=8388608"},
+		{"wmem", set("proc/sys/net/core/wmem_max", "212992"), "buffers", warn, "212992", "sysctl -w net.core.wmem_max=1048576"},
+		{"port taken everywhere", udp("00000000"), "port", bad, "77 (oracle)", "kill 77"},
+		{"port taken on one address", udp("0100007F"), "port", note, "77 (oracle)", ""},
+		{"port of rxe", func(m fstest.MapFS) {
+			udp("00000000")(m)
+			drop("proc/77")(m)
+			set("sys/module/rdma_rxe/refcnt", "1")(m)
+		}, "port", bad, "rdma_rxe", "modprobe -r rdma_rxe"},
+		{"port taken, owner unknown", func(m fstest.MapFS) { udp("00000000")(m); drop("proc/77")(m) }, "port", bad, "another user", ""},
+		{"kernel RDS over RDMA", set("sys/module/rds_rdma/refcnt", "1", "sys/module/rds/refcnt", "1"), "kernel-rds", warn, "own RDS", "modprobe -r rds_rdma"},
+		{"kernel RDS", set("sys/module/rds/refcnt", "1"), "kernel-rds", note, "without RDMA", ""},
+		{"RDS switched off", set("etc/modprobe.d/rds.conf", "install rds /bin/true\n"), "kernel-rds", note, "etc/modprobe.d/rds.conf", ""},
+		{"RDMA switched off", set("usr/lib/modprobe.d/no.conf", "blacklist ib_uverbs\n"), "kernel-rds", warn, "RDMA devices are switched off", "remove that line"},
+		{"namespace", func(m fstest.MapFS) { m["proc/self/ns/net"].Data = []byte("net:[1]") }, "namespace", warn, "not the initial", "rdma system set netns shared"},
+		{"userfaultfd", set("proc/sys/vm/unprivileged_userfaultfd", "0"), "userfaultfd", warn, "root only", "sysctl -w vm.unprivileged_userfaultfd=1"},
+		{"no userfaultfd", drop("proc/sys/vm"), "userfaultfd", warn, "no userfaultfd", ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			m := healthy()
+			c.change(m)
+			h := &host{FS: m, roce: 4791}
+			found := false
+			for _, ck := range checks {
+				for _, f := range h.run(ck) {
+					switch {
+					case f.Check == c.check && f.Level == c.level && strings.Contains(f.Text, c.text) && strings.HasPrefix(f.Mend, c.mend) && (f.Mend == "") == (c.mend == ""):
+						found = true
+					case f.Level != fine:
+						t.Errorf("also: %+v", f)
+					}
+				}
+			}
+			if !found {
+				t.Error("not found")
+			}
+		})
+	}
+}
+
+// A healthy machine has no findings, and one without hardware neither.
+func TestDoctorHealthy(t *testing.T) {
+	for _, m := range []fstest.MapFS{healthy(), func() fstest.MapFS {
+		m := healthy()
+		for name := range m {
+			if strings.HasPrefix(name, "sys/class/infiniband") || strings.HasPrefix(name, "dev/infiniband") {
+				delete(m, name)
+			}
+		}
+		return m
+	}()} {
+		h := &host{FS: m, roce: 4791}
+		for _, c := range checks {
+			for _, f := range h.run(c) {
+				if f.Level != fine {
+					t.Errorf("%+v", f)
+				}
+			}
+		}
+	}
+}
+
+// On the real machine: a socket of this very process on the port is found, and named.
+func TestDoctorRealPort(t *testing.T) {
+	c, err := net.ListenUDP("udp4", &net.UDPAddr{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	port := c.LocalAddr().(*net.UDPAddr).Port
+	out, errs, code := rdsctl(t.Context(), "doctor", "--json", "--roce-port", fmt.Sprint(port))
+	var all []struct{ Check, Level, Text string }
+	if err := json.Unmarshal([]byte(out), &all); err != nil || code != 1 {
+		t.Fatalf("status %d, %v, %q", code, err, errs)
+	}
+	if i := slices.IndexFunc(all, func(f struct{ Check, Level, Text string }) bool { return f.Check == "port" && f.Level == "error" }); i < 0 || !strings.Contains(all[i].Text, fmt.Sprint(os.Getpid())) {
+		t.Errorf("%s", out)
+	}
+	for _, c := range checks {
+		if !slices.ContainsFunc(all, func(f struct{ Check, Level, Text string }) bool { return f.Check == c.name }) && c.name != "gids" && c.name != "mtu" {
+			t.Errorf("nothing about %s", c.name)
+		}
+	}
+}

@@ -1,0 +1,145 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/gopacket/gopacket/pcapgo"
+	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/term"
+
+	"github.com/openrds/openrds/rds"
+	"github.com/openrds/openrds/rds/rdsdebug"
+)
+
+type traceFlags struct {
+	*common
+	out     string
+	packets int
+	full    bool
+	pid     int
+}
+
+func newTrace(c *common, stdout, stderr io.Writer) *cobra.Command {
+	f := traceFlags{common: c}
+	cmd := &cobra.Command{
+		Use:   "trace",
+		Short: "Write a process's RoCE packets as pcapng",
+		Long: `trace writes the packets of a process's softroce devices as a pcapng file that Wireshark reads (InfiniBand dissector, UDP port
+4791). It needs no rights on interfaces, sees loopback, and sees trains taken apart as the wire would.`,
+		Example: "  rdsctl trace -w rds.pcapng -n 10000\n  rdsctl trace -w - | wireshark -k -i -",
+		Args:    noArgs,
+		RunE:    func(cmd *cobra.Command, _ []string) error { return f.run(cmd.Context(), stdout, stderr) },
+	}
+	fl := cmd.Flags()
+	fl.StringVarP(&f.out, "write", "w", "", "file to write to, - for standard output")
+	fl.IntVarP(&f.packets, "packets", "n", 0, "end after so many; 0: when interrupted")
+	fl.BoolVar(&f.full, "full", false, "whole packets; otherwise headers and a little of the payload")
+	fl.IntVar(&f.pid, "pid", 0, "the process, if there are several")
+	return cmd
+}
+
+func (f *traceFlags) run(ctx context.Context, stdout, stderr io.Writer) (err error) {
+	if f.packets < 0 {
+		return usageError{fmt.Errorf("--packets %d", f.packets)}
+	}
+	out := stdout
+	switch f.out {
+	case "":
+		return usageError{errors.New("trace needs --write FILE (- for standard output)")}
+	case "-":
+		if file, ok := stdout.(*os.File); ok && term.IsTerminal(int(file.Fd())) {
+			return usageError{errors.New("a trace is not for a terminal")}
+		}
+	default:
+		file, err := os.Create(f.out)
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, file.Close()) }()
+		out = file
+	}
+	c, err := f.client(ctx)
+	if err != nil {
+		return err
+	}
+	n, missed, err := trace(ctx, c, out, f.packets, f.full)
+	fmt.Fprintf(stderr, "rdsctl: %d packets", n)
+	if missed > 0 {
+		fmt.Fprintf(stderr, ", %d missed", missed)
+	}
+	fmt.Fprintln(stderr)
+	return err
+}
+
+func (f *traceFlags) client(ctx context.Context) (*rdsdebug.Client, error) {
+	cs, err := f.clients()
+	if err != nil {
+		return nil, err
+	}
+	var found []*rdsdebug.Client
+	var names []string
+	for _, c := range cs {
+		in, err := c.Info(ctx, rds.InfoSockets)
+		if err != nil {
+			continue
+		}
+		if f.pid == 0 || in.PID == f.pid {
+			found = append(found, c)
+			names = append(names, fmt.Sprintf("%d (%s)", in.PID, in.Program))
+		}
+	}
+	switch len(found) {
+	case 0:
+		return nil, fmt.Errorf("no process with a socket in %s", f.dir)
+	case 1:
+		return found[0], nil
+	}
+	return nil, usageError{fmt.Errorf("several processes, choose one with --pid: %v", names)}
+}
+
+// trace copies packets from c to w, as pcapng.
+func trace(ctx context.Context, c *rdsdebug.Client, w io.Writer, packets int, full bool) (n int, missed uint64, err error) {
+	pr, pw := io.Pipe()
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() (err error) {
+		missed, err = c.Trace(ctx, pw, packets, full)
+		pw.CloseWithError(err)
+		return err
+	})
+	g.Go(func() (err error) {
+		defer func() { pr.CloseWithError(err) }()
+		r, err := pcapgo.NewReader(pr)
+		if err == io.EOF || err == io.ErrUnexpectedEOF {
+			return nil // ended before it began
+		}
+		if err != nil {
+			return err
+		}
+		ng, err := pcapgo.NewNgWriterInterface(w, pcapgo.NgInterface{
+			Name: "softroce", LinkType: r.LinkType(), SnapLength: r.Snaplen(), TimestampResolution: 9,
+		}, pcapgo.NgWriterOptions{SectionInfo: pcapgo.NgSectionInfo{Application: "rdsctl"}})
+		if err != nil {
+			return err
+		}
+		for {
+			data, ci, err := r.ReadPacketData()
+			if err != nil {
+				if err != io.EOF && err != io.ErrUnexpectedEOF {
+					return errors.Join(err, ng.Flush())
+				}
+				return ng.Flush()
+			}
+			if err := ng.WritePacket(ci, data); err != nil {
+				return err
+			}
+			n++
+		}
+	})
+	err = g.Wait()
+	return n, missed, err
+}
