@@ -1,6 +1,7 @@
 package faultverbs
 
 import (
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -22,6 +23,7 @@ type cq struct {
 	held      []heldWC // in the order they came
 	full      bool     // held could take no more, more may be there
 	broken    map[verbs.QPN]*breakage
+	doctored  map[doctored]verbs.WCStatus
 	armed     bool // the user has armed it, and it has not fired
 	solicited bool // ... for solicited completions only
 	listening bool // the provider's CQ is armed for all completions, on our own behalf
@@ -47,11 +49,18 @@ type breakage struct {
 	sends  map[uint64]bool
 }
 
+// doctored is a request that was spoilt before it was posted, so that the provider fails it: its status is
+// to be another.
+type doctored struct {
+	qpn verbs.QPN
+	id  uint64
+}
+
 func (d *device) CreateCQ(cfg verbs.CQConfig) (verbs.CQ, error) {
 	if err := d.call(CreateCQ); err != nil {
 		return nil, err
 	}
-	c := &cq{d: d, handler: cfg.Handler, depth: cfg.Depth, broken: map[verbs.QPN]*breakage{}}
+	c := &cq{d: d, handler: cfg.Handler, depth: cfg.Depth, broken: map[verbs.QPN]*breakage{}, doctored: map[doctored]verbs.WCStatus{}}
 	// Even of a CQ that is only polled we want to hear when completions come: their delay starts then. None
 	// comes before CreateCQ returns.
 	cfg.Handler = func(verbs.CQ) { c.notified() }
@@ -73,7 +82,7 @@ func (d *device) CreateCQ(cfg verbs.CQConfig) (verbs.CQ, error) {
 // bypassLocked reports whether the provider's CQ is the user's.
 func (c *cq) bypassLocked() bool {
 	f := c.d.f
-	return len(c.held) == 0 && len(c.broken) == 0 && f.wcDelay.Load() == 0 && !f.wcShuffle.Load()
+	return len(c.held) == 0 && len(c.broken) == 0 && len(c.doctored) == 0 && f.wcDelay.Load() == 0 && !f.wcShuffle.Load()
 }
 
 // breakQP makes the send completions of a QP fail. sends are the IDs of those that may be outstanding.
@@ -88,15 +97,36 @@ func (c *cq) breakQP(n verbs.QPN, s verbs.WCStatus, sends map[uint64]bool) {
 	}
 }
 
-// mendQP forgets that a QP is broken: it was reset or closed.
+// doctor gives the request id of QP n the status its failure is to have.
+func (c *cq) doctor(n verbs.QPN, id uint64, s verbs.WCStatus) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.doctored[doctored{n, id}] = s
+}
+
+// undoctor is for a request that was not posted after all.
+func (c *cq) undoctor(n verbs.QPN, id uint64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.doctored, doctored{n, id})
+}
+
+// mendQP forgets that a QP is broken, and what was doctored of it: it was reset or closed.
 func (c *cq) mendQP(n verbs.QPN) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	delete(c.broken, n)
+	maps.DeleteFunc(c.doctored, func(d doctored, _ verbs.WCStatus) bool { return d.qpn == n })
 }
 
-// breakLocked turns a send completion of a broken QP into its error.
+// breakLocked turns a send completion of a broken QP, or of a doctored request, into its error.
 func (c *cq) breakLocked(wc *verbs.WC) {
+	if s, ok := c.doctored[doctored{wc.QPN, wc.ID}]; ok && wc.Status != verbs.WCSuccess {
+		delete(c.doctored, doctored{wc.QPN, wc.ID})
+		if wc.Status != verbs.WCFlushErr { // its turn came
+			wc.Status = s
+		}
+	}
 	b := c.broken[wc.QPN]
 	if b == nil {
 		return

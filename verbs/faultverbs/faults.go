@@ -3,7 +3,7 @@
 //
 // It does nothing a provider might not do by the letter of package verbs: calls fail, take their time,
 // or take part of a batch; completions come late, and those of different QPs in another order;
-// a QP errs; a device dies. With no fault set it is the provider it wraps and passes verbstest; with
+// a request fails; a QP errs; a device dies or is unplugged. With no fault set it is the provider it wraps and passes verbstest; with
 // delayed and shuffled completions it passes as well.
 //
 //	var faults faultverbs.Faults
@@ -28,6 +28,7 @@ package faultverbs
 
 import (
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -43,12 +44,21 @@ type Op uint8
 const (
 	Any Op = iota // all of them, counted together
 	OpenDevice
+	WatchDevices
 	AllocPD
 	CreateCQ
 	CreateSRQ
 	CreateQP
 	RegMR
+	RegOnDemandMR
+	AllocFastRegMR
 	Deregister
+	AdviseMR
+	AllocPageList
+	SetPageList
+	ClosePageList
+	AllocMW
+	DeallocMW
 	CloseDevice
 	ClosePD
 	CloseCQ
@@ -66,15 +76,16 @@ const (
 )
 
 func (o Op) String() string {
-	names := [...]string{"Any", "OpenDevice", "AllocPD", "CreateCQ", "CreateSRQ", "CreateQP", "RegMR", "Deregister", "CloseDevice", "ClosePD",
-		"CloseCQ", "CloseSRQ", "Modify", "PostSend", "PostRecv", "PostSRQ", "ArmSRQ", "Connect", "Listen", "Accept", "Reject"}
+	names := [...]string{"Any", "OpenDevice", "WatchDevices", "AllocPD", "CreateCQ", "CreateSRQ", "CreateQP", "RegMR", "RegOnDemandMR", "AllocFastRegMR",
+		"Deregister", "AdviseMR", "AllocPageList", "SetPageList", "ClosePageList", "AllocMW", "DeallocMW", "CloseDevice", "ClosePD", "CloseCQ",
+		"CloseSRQ", "Modify", "PostSend", "PostRecv", "PostSRQ", "ArmSRQ", "Connect", "Listen", "Accept", "Reject"}
 	if int(o) < len(names) {
 		return names[o]
 	}
 	return fmt.Sprintf("Op(%d)", uint8(o))
 }
 
-// ErrDeviceGone is what a device answers after DeviceFatal. It matches verbs.ErrClosed.
+// ErrDeviceGone is what a device answers after DeviceFatal or DeviceRemoved. It matches verbs.ErrClosed.
 var ErrDeviceGone = fmt.Errorf("device is gone: %w", verbs.ErrClosed)
 
 // Faults is a program of misbehaviour. The zero value does nothing. All methods may be called from
@@ -82,9 +93,11 @@ var ErrDeviceGone = fmt.Errorf("device is gone: %w", verbs.ErrClosed)
 type Faults struct {
 	calls [numOps]atomic.Int64
 
-	armed atomic.Int32 // len(rules): lets calls pass without the lock
-	mu    sync.Mutex
-	rules []*rule
+	armed    atomic.Int32 // len(rules): lets calls pass without the lock
+	armedWRs atomic.Int32 // len(wrRules)
+	mu       sync.Mutex
+	rules    []*rule
+	wrRules  []*wrRule
 
 	wcDelay   atomic.Duration // of completions
 	wcShuffle atomic.Bool
@@ -97,6 +110,14 @@ type rule struct {
 	nth   int // 0: every call
 	err   error
 	delay time.Duration
+}
+
+// wrRule acts on the nth send request of opcode op from now: it is refused with err, or completes with status.
+type wrRule struct {
+	op     verbs.SendOpcode
+	nth    int
+	err    error
+	status verbs.WCStatus
 }
 
 // Fail makes the nth call of op from now (1: the next) fail with err instead of reaching the provider. A
@@ -113,6 +134,49 @@ func (f *Faults) Delay(op Op, nth int, d time.Duration) { f.add(&rule{op: op, nt
 
 // DelayAll makes every call of op sleep for d, until Clear.
 func (f *Faults) DelayAll(op Op, d time.Duration) { f.add(&rule{op: op, delay: d}) }
+
+// FailPost makes PostSend refuse the nth request of opcode op from now with err: it takes those before it in the
+// batch. Requests are counted when they are posted, refused or not.
+func (f *Faults) FailPost(op verbs.SendOpcode, nth int, err error) {
+	f.addWR(&wrRule{op: op, nth: nth, err: err})
+}
+
+// FailWR makes the nth request of opcode op from now complete with status when its turn comes. It has no effect
+// but this; what was posted before it is not touched, what is behind it is flushed, and its QP errs. For
+// providers with CapMemMgtExtensions. Until then no other request of its QP may have the same ID.
+func (f *Faults) FailWR(op verbs.SendOpcode, nth int, status verbs.WCStatus) {
+	f.addWR(&wrRule{op: op, nth: nth, status: status})
+}
+
+func (f *Faults) addWR(r *wrRule) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.wrRules = append(f.wrRules, r)
+	f.armedWRs.Store(int32(len(f.wrRules)))
+}
+
+// request counts a request of opcode op and gives the rule that is to act on it, if any.
+func (f *Faults) request(op verbs.SendOpcode) (due *wrRule) {
+	if f.armedWRs.Load() == 0 {
+		return nil
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.wrRules = slices.DeleteFunc(f.wrRules, func(r *wrRule) bool {
+		if r.op != op {
+			return false
+		}
+		r.nth--
+		if r.nth > 0 || due != nil {
+			r.nth = max(r.nth, 1)
+			return false
+		}
+		due = r
+		return true
+	})
+	f.armedWRs.Store(int32(len(f.wrRules)))
+	return due
+}
 
 func (f *Faults) add(r *rule) {
 	f.mu.Lock()
@@ -133,7 +197,7 @@ func (f *Faults) ShuffleCompletions(seed uint64) {
 	f.wcShuffle.Store(seed != 0)
 }
 
-// Clear drops all rules of Fail and Delay and returns how many had not acted yet (those for every
+// Clear drops all rules of Fail, Delay, FailPost and FailWR and returns how many had not acted yet (those for every
 // call do not count). Completions are not touched.
 func (f *Faults) Clear() (unused int) {
 	f.mu.Lock()
@@ -143,8 +207,10 @@ func (f *Faults) Clear() (unused int) {
 			unused++
 		}
 	}
-	f.rules = nil
+	unused += len(f.wrRules)
+	f.rules, f.wrRules = nil, nil
 	f.armed.Store(0)
+	f.armedWRs.Store(0)
 	return unused
 }
 
@@ -201,7 +267,11 @@ func (f *Faults) BreakQP(vq verbs.QP, status verbs.WCStatus) {
 	q.QP.SetError()
 }
 
-// DeviceFatal makes dev die, as when it is unplugged: EventDeviceFatal is raised, every QP moves to ERR,
+// DeviceFatal makes dev die of an error of its own: EventDeviceFatal is raised, every QP moves to ERR,
 // connections end, and calls that make anything new fail with ErrDeviceGone. What exists can, and
 // must, still be closed.
-func (f *Faults) DeviceFatal(dev verbs.Device) { dev.(*device).die() }
+func (f *Faults) DeviceFatal(dev verbs.Device) { dev.(*device).die(verbs.EventDeviceFatal) }
+
+// DeviceRemoved is DeviceFatal for a device that is unplugged: EventDeviceRemoved is raised. As after a replug,
+// its address may be opened again once it is closed. Those who watch for devices are not told.
+func (f *Faults) DeviceRemoved(dev verbs.Device) { dev.(*device).die(verbs.EventDeviceRemoved) }

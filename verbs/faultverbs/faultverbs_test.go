@@ -5,11 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"runtime"
 	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
+	"unsafe"
 
 	"github.com/openrds/openrds/internal/leak"
 	"github.com/openrds/openrds/internal/simnet"
@@ -64,6 +66,11 @@ type world struct {
 	ep   [2]verbs.Endpoint
 	mem  []byte
 	undo []func() error
+
+	fast   verbs.MR // of side 1, as the rest
+	list   verbs.PageList
+	mw     verbs.MW
+	target verbs.MR // the window's
 
 	handler func(verbs.CQ) // of side 1's receive CQ
 	events  func(verbs.AsyncEvent)
@@ -175,6 +182,79 @@ func (w *world) exchange(n int) error {
 	return err
 }
 
+// pages is two pages of memory that a page list may name.
+func pages(t *testing.T) []byte {
+	mem := make([]byte, 3*verbs.PageSize)
+	var pin runtime.Pinner
+	pin.Pin(&mem[0])
+	t.Cleanup(pin.Unpin)
+	return mem[-uintptr(unsafe.Pointer(&mem[0]))%verbs.PageSize:][:2*verbs.PageSize]
+}
+
+// allocate makes what a service that maps memory for its peers has: a plain region and a window over it, a
+// region for fast registration and a page list.
+func (w *world) allocate() (err error) {
+	keep := func(f func() error) { w.undo = append(w.undo, f) }
+	const access = verbs.AccessLocalWrite | verbs.AccessMWBind
+	if w.target, err = w.pd[1].RegMR(pages(w.t), 1<<20, access); err != nil {
+		return err
+	}
+	keep(w.target.Deregister)
+	if w.mw, err = w.pd[1].AllocMW(verbs.MWType2A); err != nil {
+		return err
+	}
+	keep(w.mw.Dealloc)
+	if w.fast, err = w.pd[1].AllocFastRegMR(2); err != nil {
+		return err
+	}
+	keep(w.fast.Deregister)
+	if w.list, err = w.pd[1].AllocPageList(2); err != nil {
+		return err
+	}
+	keep(w.list.Close)
+	return nil
+}
+
+// serve maps memory on side 1 in both ways, has side 0 write to it, and unmaps it, n times.
+func (w *world) serve(n int) error {
+	step := func(side int, wrs ...verbs.SendWR) error {
+		if k, err := w.qp[side].PostSend(wrs); err != nil {
+			wrs = wrs[:k]
+			_, e := poll(w.scq[side], k)
+			return errors.Join(err, e)
+		}
+		wcs, err := poll(w.scq[side], len(wrs))
+		for i := range wcs {
+			err = errors.Join(err, wcs[i].Err())
+		}
+		return err
+	}
+	for range n {
+		if err := w.list.Set([][]byte{pages(w.t)[100:5000]}); err != nil {
+			return err
+		}
+		fast, mw := verbs.UpdateFastRegKey(w.fast.RKey()), verbs.UpdateFastRegKey(w.mw.RKey())
+		write := func(id uint64, at uint64, key verbs.RKey) verbs.SendWR {
+			return verbs.SendWR{ID: id, Opcode: verbs.OpWrite, Flags: verbs.SendSignaled, SGs: []verbs.SGE{{Length: 64, LKey: w.mr.LKey()}}, RemoteAddr: at, RKey: key}
+		}
+		if err := step(1,
+			verbs.SendWR{ID: 100, Opcode: verbs.OpFastRegMR, Flags: verbs.SendSignaled, FastReg: &verbs.FastReg{MR: w.fast, Key: fast, Pages: w.list,
+				IOVA: 1<<30 + 100, Access: verbs.AccessLocalWrite | verbs.AccessRemoteWrite}},
+			verbs.SendWR{ID: 101, Opcode: verbs.OpBindMW, Flags: verbs.SendSignaled, Bind: &verbs.MWBind{MW: w.mw, Key: mw, MR: w.target,
+				Addr: 1<<20 + 8, Length: 64, Access: verbs.AccessRemoteWrite}}); err != nil {
+			return err
+		}
+		if err := step(0, write(102, 1<<30+4936, fast), write(103, 1<<20+8, mw)); err != nil {
+			return err
+		}
+		if err := step(1, verbs.SendWR{ID: 104, Opcode: verbs.OpLocalInv, Flags: verbs.SendSignaled, InvalidateRKey: fast},
+			verbs.SendWR{ID: 105, Opcode: verbs.OpLocalInv, Flags: verbs.SendSignaled, InvalidateRKey: mw}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 func poll(cq verbs.CQ, n int) (got []verbs.WC, err error) {
 	wcs := make([]verbs.WC, n)
 	for end := time.Now().Add(30 * time.Second); len(got) < n; time.Sleep(10 * time.Microsecond) {
@@ -218,6 +298,7 @@ func connected(t *testing.T, change ...func(*world)) *world {
 	}
 	t.Cleanup(w.close)
 	w.must("open", w.open())
+	w.must("allocate", w.allocate())
 	w.must("connect", w.connect())
 	return w
 }
@@ -230,11 +311,10 @@ func TestEveryCallFails(t *testing.T) {
 			w := newWorld(t)
 			w.f.Fail(faultverbs.Any, n, errTest)
 			err := w.open()
-			if err == nil {
-				err = w.connect()
-			}
-			if err == nil {
-				err = w.exchange(10)
+			for _, step := range []func() error{w.allocate, w.connect, func() error { return w.exchange(10) }, func() error { return w.serve(2) }} {
+				if err == nil {
+					err = step()
+				}
 			}
 			w.close()
 			unused := w.f.Clear()
@@ -255,8 +335,58 @@ func TestEveryCallFails(t *testing.T) {
 			return
 		}
 	}
-	if failed < 25 {
+	if failed < 40 {
 		t.Errorf("only %d calls were made", failed)
+	}
+}
+
+// Every memory request fails once, in turn, where it is posted or with a status of its own. Nothing is left of
+// what was mapped, and a QP that only refused to take the request works on.
+func TestEveryMemoryRequestFails(t *testing.T) {
+	const rounds = 3
+	for op, total := range map[verbs.SendOpcode]int{verbs.OpFastRegMR: rounds, verbs.OpBindMW: rounds, verbs.OpLocalInv: 2 * rounds, verbs.OpWrite: 2 * rounds} {
+		for _, atPost := range []bool{true, false} {
+			failed := 0
+			for n, done := 1, false; !done && !t.Failed(); n++ {
+				synctest.Test(t, func(t *testing.T) {
+					w := connected(t)
+					if atPost {
+						w.f.FailPost(op, n, errTest)
+					} else {
+						w.f.FailWR(op, n, verbs.WCFatalErr)
+					}
+					err := w.serve(rounds)
+					if done = w.f.Clear() > 0; done {
+						w.must("without a fault", err)
+						return
+					}
+					failed++
+					var e *verbs.WCError
+					if atPost && !errors.Is(err, errTest) || !atPost && (!errors.As(err, &e) || e.Status != verbs.WCFatalErr) {
+						t.Errorf("%v number %d fails: %v", op, n, err)
+					}
+					side := 1
+					if op == verbs.OpWrite {
+						side = 0
+					}
+					if atPost {
+						w.must("the QP has not noticed", w.exchange(1))
+					} else if s := w.qp[side].State(); s != verbs.StateErr {
+						t.Errorf("the QP errs: %v", s)
+					}
+					// Whatever was mapped or half mapped, all of it can be freed.
+					for _, qp := range w.qp {
+						w.must("close", qp.Close())
+					}
+					w.must("deallocate the window", w.mw.Dealloc())
+					w.must("deregister", w.target.Deregister())
+					w.must("set the list", w.list.Set([][]byte{pages(t)}))
+				})
+			}
+			if failed != total {
+				t.Errorf("%d requests %v were made to fail, want %d", failed, op, total)
+			}
+		}
 	}
 }
 
@@ -437,6 +567,147 @@ func TestBreakQPLate(t *testing.T) {
 		w.must("both were received", err)
 		if wcs[0].Status != verbs.WCSuccess || wcs[1].Status != verbs.WCSuccess {
 			t.Fatalf("what was received stays so: %+v", wcs)
+		}
+	})
+}
+
+func TestFailWR(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := connected(t)
+		_, err := w.srq.PostRecv(make([]verbs.RecvWR, 8))
+		w.must("post", err)
+		w.f.FailWR(verbs.OpSend, 3, verbs.WCRNRRetryExcErr)
+		var wrs []verbs.SendWR
+		for i := range uint64(5) {
+			wrs = append(wrs, verbs.SendWR{ID: i, Opcode: verbs.OpSend, Flags: verbs.SendSignaled})
+		}
+		_, err = w.qp[0].PostSend(wrs)
+		w.must("post", err)
+		wcs, err := poll(w.scq[0], 5)
+		w.must("five completions", err)
+		for i, want := range []verbs.WCStatus{verbs.WCSuccess, verbs.WCSuccess, verbs.WCRNRRetryExcErr, verbs.WCFlushErr, verbs.WCFlushErr} {
+			if wcs[i].ID != uint64(i) || wcs[i].Status != want {
+				t.Errorf("completion %d: %+v, want %v", i, wcs[i], want)
+			}
+		}
+		if a, b := w.qp[0].State(), w.qp[1].State(); a != verbs.StateErr || b != verbs.StateRTS {
+			t.Errorf("the QP errs, the peer does not know: %v, %v", a, b)
+		}
+		wcs, err = poll(w.rcq[1], 2)
+		w.must("two messages arrive", err)
+		time.Sleep(time.Second)
+		if n := w.rcq[1].Poll(wcs); n != 0 {
+			t.Errorf("and no more: %d", n)
+		}
+	})
+}
+
+// A request that was to fail and is flushed before its turn comes is flushed; a rule whose request was not taken
+// waits for the next.
+func TestFailWRNotReached(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := connected(t)
+		w.f.FailWR(verbs.OpSend, 2, verbs.WCFatalErr)
+		w.f.FailPost(verbs.OpWrite, 1, errTest)
+		n, err := w.qp[0].PostSend([]verbs.SendWR{{ID: 1, Opcode: verbs.OpSend}, {ID: 2, Opcode: verbs.OpWrite}, {ID: 3, Opcode: verbs.OpSend}})
+		if n != 1 || !errors.Is(err, errTest) {
+			t.Fatalf("a batch is cut where a request is refused: %d, %v", n, err)
+		}
+		wrs := make([]verbs.SendWR, 100)
+		for i := range wrs {
+			wrs[i] = verbs.SendWR{ID: uint64(10 + i), Opcode: verbs.OpRead}
+		}
+		wrs[99].Opcode = verbs.OpSend
+		if n, err = w.qp[0].PostSend(wrs); !errors.Is(err, verbs.ErrSQFull) {
+			t.Fatalf("a hundred requests do not fit: %d, %v", n, err)
+		}
+		if left := w.f.Clear(); left != 1 {
+			t.Fatalf("the rule of a request that was not taken remains: %d", left)
+		}
+		// The peer has no receive: the first SEND is stuck, and what is behind it waits for its turn.
+		w.f.FailWR(verbs.OpRead, 1, verbs.WCFatalErr)
+		_, err = w.qp[1].PostSend([]verbs.SendWR{{ID: 1, Opcode: verbs.OpSend}, {ID: 2, Opcode: verbs.OpRead}})
+		w.must("post", err)
+		time.Sleep(time.Millisecond)
+		w.must("to ERR", w.qp[1].Modify(verbs.QPAttr{State: verbs.StateErr}, verbs.QPStateBit))
+		wcs, err := poll(w.scq[1], 2)
+		w.must("both complete", err)
+		if wcs[0].ID != 1 || wcs[0].Status != verbs.WCFlushErr || wcs[1].ID != 2 || wcs[1].Status != verbs.WCFlushErr {
+			t.Errorf("both are flushed: %+v", wcs)
+		}
+	})
+}
+
+func TestDeviceRemoved(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		events := make(chan verbs.EventType, 16)
+		w := connected(t, func(w *world) { w.events = func(ev verbs.AsyncEvent) { events <- ev.Type } })
+		w.must("map", w.serve(1))
+		w.f.DeviceRemoved(w.dev[1])
+		w.f.DeviceFatal(w.dev[1]) // comes too late
+		<-w.ep[1].Done()
+		synctest.Wait()
+		close(events)
+		removed := 0
+		for e := range events {
+			if e == verbs.EventDeviceRemoved {
+				removed++
+			}
+			if e == verbs.EventDeviceFatal {
+				t.Error("a device that is gone dies no more")
+			}
+		}
+		if removed != 1 {
+			t.Errorf("one event tells: %d", removed)
+		}
+		w.events = nil
+		for what, f := range map[string]func() error{
+			"AllocFastRegMR": func() error { _, err := w.pd[1].AllocFastRegMR(1); return err },
+			"AllocPageList":  func() error { _, err := w.pd[1].AllocPageList(1); return err },
+			"AllocMW":        func() error { _, err := w.pd[1].AllocMW(verbs.MWType1); return err },
+			"RegOnDemandMR":  func() error { _, err := w.pd[1].RegOnDemandMR(nil, 0, 0); return err },
+			"AdviseMR":       func() error { return w.pd[1].AdviseMR(verbs.AdvisePrefetch, nil) },
+		} {
+			if err := f(); !errors.Is(err, faultverbs.ErrDeviceGone) {
+				t.Errorf("%s: %v, want ErrDeviceGone", what, err)
+			}
+		}
+		w.must("what exists can be freed", errors.Join(w.mw.Dealloc(), w.target.Deregister(), w.fast.Deregister(), w.list.Close()))
+	})
+}
+
+// The news of a provider whose devices come and go are handed on.
+func TestWatchDevices(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		net := simnet.ForTest(t, 1, simnet.Config{})
+		inner := softroce.New(softroce.Config{Network: net})
+		f := new(faultverbs.Faults)
+		p := faultverbs.Wrap(inner, f).(verbs.DeviceWatcher)
+		f.Fail(faultverbs.WatchDevices, 1, errTest)
+		if _, err := p.WatchDevices(func(verbs.DeviceEvent) {}); !errors.Is(err, errTest) {
+			t.Fatalf("the first call fails: %v", err)
+		}
+		news := make(chan verbs.DeviceEvent, 4)
+		stop, err := p.WatchDevices(func(e verbs.DeviceEvent) { news <- e })
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer stop()
+		if err := inner.Remove(addrs[0]); err != nil {
+			t.Fatal(err)
+		}
+		if e := <-news; e != (verbs.DeviceEvent{Addr: addrs[0]}) {
+			t.Errorf("the address is gone: %+v", e)
+		}
+		if err := inner.Add(addrs[0]); err != nil {
+			t.Fatal(err)
+		}
+		if e := <-news; e != (verbs.DeviceEvent{Addr: addrs[0], Present: true}) {
+			t.Errorf("the address is back: %+v", e)
+		}
+		plain := struct{ verbs.Provider }{inner}
+		if _, err := faultverbs.Wrap(plain, f).(verbs.DeviceWatcher).WatchDevices(nil); !errors.Is(err, verbs.ErrNotSupported) {
+			t.Errorf("a provider that has no news: %v", err)
 		}
 	})
 }

@@ -2,6 +2,7 @@ package faultverbs
 
 import (
 	"context"
+	"fmt"
 	"net/netip"
 	"slices"
 	"sync"
@@ -11,9 +12,19 @@ import (
 	"github.com/openrds/openrds/verbs"
 )
 
-// Wrap wraps inner. faults is consulted on every call.
+// Wrap wraps inner. faults is consulted on every call. The result implements verbs.DeviceWatcher: what it
+// answers is inner's, or ErrNotSupported. It implements verbs.PacketTracer if inner does.
 func Wrap(inner verbs.Provider, faults *Faults) verbs.Provider {
-	return &provider{inner, faults}
+	p := &provider{inner, faults}
+	if t, ok := inner.(verbs.PacketTracer); ok {
+		return &tracingProvider{p, t}
+	}
+	return p
+}
+
+type tracingProvider struct {
+	*provider
+	verbs.PacketTracer
 }
 
 type provider struct {
@@ -30,6 +41,18 @@ func (p *provider) OpenDevice(addr netip.Addr) (verbs.Device, error) {
 		return nil, err
 	}
 	return &device{Device: d, f: p.f, qps: map[verbs.QP]*qp{}, cqs: map[verbs.CQ]*cq{}, srqs: map[verbs.SRQ]*srq{}}, nil
+}
+
+// WatchDevices implements verbs.DeviceWatcher for providers that do.
+func (p *provider) WatchDevices(fn func(verbs.DeviceEvent)) (stop func(), err error) {
+	w, ok := p.Provider.(verbs.DeviceWatcher)
+	if !ok {
+		return nil, fmt.Errorf("watch devices of %s: %w", p.Name(), verbs.ErrNotSupported)
+	}
+	if err := p.f.call(WatchDevices); err != nil {
+		return nil, err
+	}
+	return w.WatchDevices(fn)
 }
 
 // device wraps a device. Objects are embedded: what is not overridden goes to the provider's.
@@ -111,7 +134,8 @@ func wrapped[I comparable, W any](m map[I]W, inner I) (out I, ok bool) {
 	return out, ok
 }
 
-func (d *device) die() {
+// die kills the device, and tells so with an event of type t.
+func (d *device) die(t verbs.EventType) {
 	if d.dead.Swap(true) {
 		return
 	}
@@ -129,7 +153,7 @@ func (d *device) die() {
 	for _, ep := range eps {
 		_ = ep.Disconnect() // says nothing new
 	}
-	d.wg.Go(func() { d.event(verbs.AsyncEvent{Type: verbs.EventDeviceFatal}) })
+	d.wg.Go(func() { d.event(verbs.AsyncEvent{Type: t}) })
 }
 
 // keep remembers an endpoint until it has ended.
@@ -219,11 +243,57 @@ func (p *pd) RegMR(mem []byte, iova uint64, access verbs.Access) (verbs.MR, erro
 	if err := p.d.call(RegMR); err != nil {
 		return nil, err
 	}
-	m, err := p.PD.RegMR(mem, iova, access)
+	return p.wrapMR(p.PD.RegMR(mem, iova, access))
+}
+
+func (p *pd) RegOnDemandMR(mem verbs.PagedMemory, iova uint64, access verbs.Access) (verbs.MR, error) {
+	if err := p.d.call(RegOnDemandMR); err != nil {
+		return nil, err
+	}
+	return p.wrapMR(p.PD.RegOnDemandMR(mem, iova, access))
+}
+
+func (p *pd) AllocFastRegMR(maxPages int) (verbs.MR, error) {
+	if err := p.d.call(AllocFastRegMR); err != nil {
+		return nil, err
+	}
+	return p.wrapMR(p.PD.AllocFastRegMR(maxPages))
+}
+
+func (p *pd) wrapMR(inner verbs.MR, err error) (verbs.MR, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &mr{m, p.d}, nil
+	return &mr{inner, p.d}, nil
+}
+
+func (p *pd) AdviseMR(a verbs.Advice, sgs []verbs.SGE) error {
+	if err := p.d.call(AdviseMR); err != nil {
+		return err
+	}
+	return p.PD.AdviseMR(a, sgs)
+}
+
+func (p *pd) AllocPageList(maxPages int) (verbs.PageList, error) {
+	if err := p.d.call(AllocPageList); err != nil {
+		return nil, err
+	}
+	inner, err := p.PD.AllocPageList(maxPages)
+	if err != nil {
+		return nil, err
+	}
+	return &pageList{inner, p.d}, nil
+}
+
+func (p *pd) AllocMW(t verbs.MWType) (verbs.MW, error) {
+	if err := p.d.call(AllocMW); err != nil {
+		return nil, err
+	}
+	inner, err := p.PD.AllocMW(t)
+	if err != nil {
+		return nil, err
+	}
+	return &mw{inner, p.d}, nil
 }
 
 func (p *pd) CreateSRQ(cfg verbs.SRQConfig) (verbs.SRQ, error) {
@@ -286,6 +356,60 @@ func (m *mr) Deregister() error {
 		return err
 	}
 	return m.MR.Deregister()
+}
+
+type mw struct {
+	verbs.MW
+	d *device
+}
+
+func (w *mw) Dealloc() error {
+	if err := w.d.f.call(DeallocMW); err != nil {
+		return err
+	}
+	return w.MW.Dealloc()
+}
+
+type pageList struct {
+	verbs.PageList
+	d *device
+}
+
+func (l *pageList) Set(segs [][]byte) error {
+	if err := l.d.f.call(SetPageList); err != nil {
+		return err
+	}
+	return l.PageList.Set(segs)
+}
+
+func (l *pageList) Close() error {
+	if err := l.d.f.call(ClosePageList); err != nil {
+		return err
+	}
+	return l.PageList.Close()
+}
+
+// The provider's objects. What is not ours goes to the provider, which knows how to refuse it.
+
+func innerMR(m verbs.MR) verbs.MR {
+	if w, ok := m.(*mr); ok {
+		return w.MR
+	}
+	return m
+}
+
+func innerMW(m verbs.MW) verbs.MW {
+	if w, ok := m.(*mw); ok {
+		return w.MW
+	}
+	return m
+}
+
+func innerPages(l verbs.PageList) verbs.PageList {
+	if w, ok := l.(*pageList); ok {
+		return w.PageList
+	}
+	return l
 }
 
 type srq struct {
@@ -383,9 +507,66 @@ func (q *qp) PostSend(wrs []verbs.SendWR) (int, error) {
 	return q.post(wrs)
 }
 
-func (q *qp) post(wrs []verbs.SendWR) (int, error) {
+func (q *qp) post(wrs []verbs.SendWR) (n int, err error) {
+	f := q.pd.d.f
+	if f.armedWRs.Load() == 0 && !slices.ContainsFunc(wrs, namesObjects) {
+		q.note(wrs)
+		return q.QP.PostSend(wrs)
+	}
+	wrs = slices.Clone(wrs)
+	spoilt := map[int]*wrRule{} // by index in wrs
+	for i := range wrs {
+		unwrap(&wrs[i])
+		if r := f.request(wrs[i].Opcode); r != nil && r.err != nil {
+			wrs, err = wrs[:i], r.err
+			break
+		} else if r != nil {
+			spoilt[i] = r
+			spoil(&wrs[i])
+			q.scq.doctor(q.Num(), wrs[i].ID, r.status)
+		}
+	}
 	q.note(wrs)
-	return q.QP.PostSend(wrs)
+	n, e := q.QP.PostSend(wrs)
+	for i, r := range spoilt {
+		if i >= n { // it was refused: the rule is for another
+			q.scq.undoctor(q.Num(), wrs[i].ID)
+			f.addWR(&wrRule{op: r.op, nth: 1, status: r.status})
+		}
+	}
+	if e != nil {
+		err = e
+	}
+	return n, err
+}
+
+// namesObjects says that a request names objects, which are wrapped.
+func namesObjects(wr verbs.SendWR) bool { return wr.FastReg != nil || wr.Bind != nil }
+
+func unwrap(wr *verbs.SendWR) {
+	if wr.FastReg != nil {
+		r := *wr.FastReg
+		r.MR, r.Pages = innerMR(r.MR), innerPages(r.Pages)
+		wr.FastReg = &r
+	}
+	if wr.Bind != nil {
+		b := *wr.Bind
+		b.MW, b.MR = innerMW(b.MW), innerMR(b.MR)
+		wr.Bind = &b
+	}
+}
+
+// spoil makes a request fail when its turn comes, without a word to the peer: a key's index must not change, and no
+// key is 0.
+func spoil(wr *verbs.SendWR) {
+	switch {
+	case wr.Opcode == verbs.OpFastRegMR && wr.FastReg != nil:
+		wr.FastReg.Key ^= 1 << 8
+	case wr.Opcode == verbs.OpBindMW && wr.Bind != nil:
+		wr.Bind.Key ^= 1 << 8
+	default:
+		*wr = verbs.SendWR{ID: wr.ID, Opcode: verbs.OpLocalInv, Flags: wr.Flags & verbs.SendSignaled}
+	}
 }
 
 func (q *qp) PostRecv(wrs []verbs.RecvWR) (int, error) {

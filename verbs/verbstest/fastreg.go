@@ -448,6 +448,7 @@ func pageListChanged(l *lab) {
 	p.a.wantSent("a WRITE", 1, verbs.WCWrite)
 	p.fence()
 	l.wantBytes("the mapping is the registration's", f.mem[100:100+8192], src.mem)
+	l.publish()
 	l.must("close the list", f.list.Close())
 	p.a.send(remoteWR(2, verbs.OpWrite, src.sg(0, 8192), &f.region, 0))
 	p.a.wantSent("a WRITE after the list is gone", 2, verbs.WCWrite)
@@ -498,6 +499,7 @@ func mapUseUnmap(l *lab) {
 			l.Helper()
 			p.fence()
 			l.wantBytes(lay.name+": "+what, f.mem, copyOf)
+			l.publish() // that it was read, before the next is written
 		}
 		for _, r := range [][2]int{{0, n}, {0, 1}, {n - 1, 1}, {n / 3, n / 2}, {15, 1}, {n - 17, 16}} {
 			off, size := r[0], r[1]
@@ -557,6 +559,7 @@ func mapUseUnmap(l *lab) {
 
 		if l.b.dev.Attr().Caps&verbs.CapAtomics != 0 { // every layout begins at a multiple of 8
 			old := getWord(f.segs.bytes(0, 8))
+			l.publish()
 			wr := remoteWR(8, verbs.OpFetchAdd, peer.sg(0, 8), &f.region, 0)
 			wr.CompareAdd = 5
 			p.a.send(wr)
