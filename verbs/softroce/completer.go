@@ -270,6 +270,11 @@ func (d *device) readResponse(q *qp, pk *roce.Packet, p psn.PSN) {
 		return
 	}
 	sgs, o, v := d.reach(w.sgs, off, n, true)
+	if v == absent {
+		if v = d.pauseSink(q, w, off); v == absent {
+			return
+		}
+	}
 	if v != granted {
 		q.fail(w, verbs.WCLocProtErr)
 		return
@@ -318,6 +323,11 @@ func (d *device) atomicResponse(q *qp, pk *roce.Packet, p psn.PSN) {
 		return
 	}
 	sgs, o, v := d.reach(w.sgs, 0, 8, true)
+	if v == absent {
+		if v = d.pauseSink(q, w, 0); v == absent {
+			return
+		}
+	}
 	if v != granted {
 		q.fail(w, verbs.WCLocProtErr)
 		return

@@ -16,6 +16,7 @@ import (
 
 	"github.com/openrds/openrds/internal/epoch"
 	"github.com/openrds/openrds/internal/packetio"
+	"github.com/openrds/openrds/internal/pagemem"
 	"github.com/openrds/openrds/internal/wire/roce"
 	"github.com/openrds/openrds/verbs"
 )
@@ -185,6 +186,7 @@ type device struct {
 	drops   uint64
 	gsiPSN  uint32
 	gsiIDs  roce.IDTracker
+	paging  paging // says itself what is under the role
 	inHandlerMark
 
 	mu             sync.Mutex
@@ -206,6 +208,9 @@ func newDevice(p *Provider, addr netip.Addr, conn packetio.Conn) *device {
 		ActiveMTU:    verbs.MTU(roce.PathMTU(d.caps.MTU)),
 		RecvWindow:   d.recvWindow(),
 		PreferredMsg: 15 * 4096, // also 60 packets of 1024: a GSO train in either case
+	}
+	if pagemem.Supported() == nil {
+		d.attr.Caps |= verbs.CapOnDemandPaging
 	}
 	if d.attr.ActiveMTU == 0 {
 		d.attr.ActiveMTU = verbs.MTU256
@@ -277,6 +282,7 @@ func (d *device) Stats() map[string]uint64 {
 	m := make(map[string]uint64, int(nCounters)+16)
 	d.stats.snapshot(m)
 	d.cm.stats.snapshot(m)
+	d.paging.snapshot(m)
 	return m
 }
 
@@ -352,6 +358,7 @@ func (d *device) Close() error {
 	err := d.conn.Close()
 	// 4. Events still on their way.
 	d.events.stop()
+	d.paging.faults.wait()
 	d.part.Unregister()
 	if d.ownEpoch != nil {
 		err = errors.Join(err, d.ownEpoch.Close())

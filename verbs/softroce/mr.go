@@ -25,6 +25,7 @@ import (
 // it, and an invalidation that has been executed is complete.
 type mr struct {
 	pd       *pd
+	paged    *onDemand     // of RegOnDemandMR; else nil
 	fast     int           // pages that a fast registration may map; 0: registered for good
 	key      atomic.Uint32 // index << 8 | variant; written under the engine role
 	valid    bool          // keys open it; false: free
@@ -71,6 +72,8 @@ const (
 // checkMapping says what is wrong with registering size bytes at iova for access.
 func checkMapping(iova, size uint64, access verbs.Access) error {
 	switch {
+	case access&verbs.AccessOnDemand != 0: // any memory, of the Go heap perhaps: nobody would tell us what is done to it
+		return fmt.Errorf("on demand, memory that cannot be watched (see RegOnDemandMR): %w", verbs.ErrNotSupported)
 	case access&^accessAll != 0:
 		return fmt.Errorf("access %#x: %w", access, verbs.ErrInvalid)
 	case access&(verbs.AccessRemoteWrite|verbs.AccessRemoteAtomic) != 0 && access&verbs.AccessLocalWrite == 0:
@@ -163,6 +166,9 @@ func (m *mr) Deregister() error {
 		}
 	}
 	m.done = true
+	if m.paged != nil {
+		d.endPaging(m)
+	}
 	m.pd.dropChild()
 	return nil
 }
@@ -205,7 +211,7 @@ func direct(b []byte) sge { return sge{base: unsafe.SliceData(b), n: uint32(len(
 func (s *sge) bytes() []byte { return unsafe.Slice(s.base, s.n) }
 
 // indirect says that what keys of the region open can change while a request names it.
-func (m *mr) indirect() bool { return m.fast > 0 }
+func (m *mr) indirect() bool { return m.fast > 0 || m.paged != nil }
 
 // resolve fills dst from the posted list and returns the total length. Elements of regions registered for
 // good are looked up once, here; others each time they are used. A key or range that is wrong is not
@@ -260,6 +266,9 @@ func (m *mapping) span(addr uint64, n uint32) (off uint64, ok bool) {
 func (m *mr) view(dst []sge, off uint64, n uint32, write bool) ([]sge, verdict) {
 	if m.mem != nil {
 		return append(dst, direct(m.mem[off:off+uint64(n)])), granted
+	}
+	if m.paged != nil {
+		return m.paged.view(dst, off, n, write)
 	}
 	// The last piece that begins at or before off.
 	lo, hi := 0, len(m.pieces)

@@ -94,8 +94,9 @@ type qp struct {
 
 	timerAt  time.Time // next time runTimers looks at the QP; zero: not in the heap
 	timerIdx int
-	ackList  bool // on dev.acks
-	txList   bool // on dev.txq
+	ackList  bool     // on dev.acks
+	faults   qpFaults // takes care of itself
+	txList   bool     // on dev.txq
 }
 
 func (q *qp) slot(i uint32) *swqe   { return &q.sq[i&uint32(len(q.sq)-1)] }
@@ -354,6 +355,9 @@ func (q *qp) SetError() {
 
 // Query implements verbs.QP.
 func (q *qp) Query() verbs.QPAttr {
+	q.dev.mayWait("QP.Query")
+	// Who is told that the QP is in ERR, say, may take its memory away.
+	q.flushFaults()
 	q.dev.role.Lock()
 	defer q.dev.unlockRole()
 	a := q.attr
@@ -365,6 +369,8 @@ func (q *qp) Query() verbs.QPAttr {
 func (q *qp) Close() error {
 	d := q.dev
 	d.mayWait("QP.Close")
+	q.faults.disable()
+	q.flushFaults()
 	d.role.Lock()
 	defer d.unlockRole()
 	q.sqMu.Lock()
@@ -514,8 +520,24 @@ func (q *qp) checkValues(a *verbs.QPAttr, mask verbs.QPAttrMask) error {
 func (q *qp) Modify(a verbs.QPAttr, mask verbs.QPAttrMask) error {
 	d := q.dev
 	d.mayWait("QP.Modify")
+	leaving := mask&verbs.QPStateBit != 0 && (a.State == verbs.StateReset || a.State == verbs.StateErr)
+	if leaving {
+		q.faults.disable()
+		q.flushFaults()
+	}
 	d.role.Lock()
 	defer d.unlockRole()
+	err := q.modify(a, mask)
+	if s := q.State(); leaving && err != nil && s != verbs.StateReset && s != verbs.StateErr && !q.closed.Load() {
+		q.faults.enable()
+		d.wakeFaulted(q)
+	}
+	return err
+}
+
+// modify is Modify under the engine role.
+func (q *qp) modify(a verbs.QPAttr, mask verbs.QPAttrMask) error {
+	d := q.dev
 	if q.closed.Load() {
 		return verbs.ErrClosed
 	}
@@ -561,6 +583,9 @@ func (q *qp) Modify(a verbs.QPAttr, mask verbs.QPAttrMask) error {
 			q.checkDrained()
 		}
 	default:
+		if from == verbs.StateReset {
+			q.faults.enable()
+		}
 		q.setState(to)
 	}
 	if mask&verbs.QPSendWindowBit != 0 {
@@ -642,6 +667,7 @@ func (q *qp) enterErr() {
 	first := q.State() != verbs.StateErr
 	q.setState(verbs.StateErr)
 	if first {
+		q.faults.disable() // perhaps in a handler: nobody waits for them here
 		d.timers.remove(q)
 		d.tx.dropQP(q)
 		if q.inMessage {

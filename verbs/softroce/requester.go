@@ -49,6 +49,10 @@ type requester struct {
 	backTo     psn.PSN   // ... and where to
 	rnrUntil   time.Time // no requests before
 	rnrLeft    uint8
+
+	// On-demand paging.
+	txFault  faultState
+	askAgain bool // a response could not be placed: go back when its page is there
 }
 
 const (
@@ -79,8 +83,15 @@ func (d *device) runRequester(q *qp) (more bool) {
 	if st != verbs.StateRTS && st != verbs.StateSQD {
 		return false
 	}
+	if q.txFault.waiting {
+		return false
+	}
 	if q.typ == verbs.UD {
 		return d.sendUD(q)
+	}
+	if q.askAgain {
+		q.askAgain = false
+		d.goBack(q, d.resumePSN(q), false)
 	}
 	if !q.rnrUntil.IsZero() {
 		return false
@@ -290,7 +301,13 @@ func (d *device) sendFrom(q *qp, w *swqe, limit int) (sent int, stop bool) {
 		if ack {
 			q.sinceAck = 0
 		}
-		if d.emitRequest(q, w, k, ack) != granted {
+		if v := d.emitRequest(q, w, k, ack); v != granted {
+			if v == absent && d.pauseTX(q, w, q.nxt, uint32(k*q.pmtu), w.isReadLike()) == absent {
+				if q.deadline.IsZero() && sent > 0 {
+					q.armRTO()
+				}
+				return sent, true
+			}
 			// The region it sends from is no longer what it was when it started.
 			if q.head.Load() == q.cur {
 				q.fail(w, verbs.WCLocProtErr)
@@ -338,11 +355,21 @@ func (d *device) emitRequest(q *qp, w *swqe, k int, ack bool) verdict {
 	switch w.op {
 	case verbs.OpRead, verbs.OpReadWithInv:
 		rem := uint32(min(uint64(w.total), uint64(w.chunkEnd(k))*uint64(q.pmtu)) - uint64(off))
+		if w.indirect {
+			if _, _, v := d.translate(w.sgs, off, rem, true); v != granted {
+				return v // what comes could not be placed
+			}
+		}
 		b.begin(d, q, roce.RCReadRequest, roce.BTHLen+roce.RETHLen, 0)
 		roce.PutRETH(b.hdr[roce.BTHLen:], w.raddr+uint64(off), w.rkey, rem)
 		b.finish(d, q, roce.RCReadRequest, false, true, q.attr.DestQPN, p, nil, 0)
 		return granted
 	case verbs.OpCompareSwap, verbs.OpFetchAdd:
+		if w.indirect {
+			if _, _, v := d.translate(w.sgs, 0, w.total, true); v != granted {
+				return v
+			}
+		}
 		op, a, c := roce.RCFetchAdd, w.cmp, uint64(0)
 		if w.op == verbs.OpCompareSwap {
 			op, a, c = roce.RCCmpSwap, w.swap, w.cmp
@@ -545,6 +572,10 @@ func (d *device) timeout(q *qp) {
 	if q.deadline.IsZero() || q.una == q.max {
 		return
 	}
+	if q.txFault.waiting { // for this side's own memory: nothing is known of the peer
+		q.armRTO()
+		return
+	}
 	if d.now.Before(q.deadline) {
 		d.timers.add(q, q.deadline)
 		return
@@ -590,7 +621,11 @@ func (d *device) probe(q *qp) {
 	if k < 0 || k >= w.npkts {
 		k = 0
 	}
-	if d.emitRequest(q, w, k, true) != granted {
+	v := d.emitRequest(q, w, k, true)
+	if v == absent {
+		v = d.pauseTX(q, w, w.first.Add(k), uint32(k*q.pmtu), w.isReadLike())
+	}
+	if v == refused {
 		q.fail(w, verbs.WCLocProtErr)
 	}
 }

@@ -41,6 +41,12 @@ type responder struct {
 	dying     pendingNAK    // what ends the QP when rdq is empty
 	paceUntil time.Time     // no responses before
 	readGap   time.Duration // between runs of responses; 0: readGapMin
+
+	// On-demand paging.
+	rxFault faultState
+	held    bool  // the packet at epsn was dropped without a word, to be asked for when its page is there
+	peerRNR uint8 // RNR NAKs the peer bears (its rnr_retry), as far as is known
+	rnrTold int   // RNR NAKs sent since an acknowledgement
 }
 
 // pendingNAK is a fatal NAK that waits for the answers before it.
@@ -59,13 +65,15 @@ type rdEntry struct {
 	va     uint64
 	rkey   uint32
 	length uint32
-	orig   uint64 // atomic: the value before
+	orig   uint64    // atomic: the value before
+	sent   bool      // the last response has left once
+	gone   time.Time // since when a replay finds the key gone
 }
 
 // rdWork is an answer in progress: packets [next, end) of a READ, or an atomic's one.
 type rdWork struct {
 	atomic bool
-	replay bool // answered before, at least in part
+	replay bool // asked for again
 	orig   uint64
 	msn    uint32
 	start  psn.PSN // first PSN of this answer: carries First or Only
@@ -168,6 +176,7 @@ func (d *device) takeRecv(q *qp, p psn.PSN) bool {
 	if !ok {
 		d.stats.add(cRNRSent, 1)
 		q.nakSent, q.nakRNR, q.nakAt = true, true, d.now
+		q.rnrTold++
 		d.sendAck(q, roce.SynRNR|q.attr.MinRNRTimer, p)
 		return false
 	}
@@ -183,7 +192,8 @@ func (q *qp) finishRecv(s verbs.WCStatus) {
 }
 
 func (d *device) recvSend(q *qp, pk *roce.Packet, p psn.PSN, f roce.OpFlags) {
-	if f&roce.FlagStart != 0 && !d.takeRecv(q, p) {
+	// A request taken before may wait for its pages.
+	if f&roce.FlagStart != 0 && !q.inMessage && !d.takeRecv(q, p) {
 		return
 	}
 	if !pk.PayloadOK(q.pmtu) {
@@ -197,6 +207,11 @@ func (d *device) recvSend(q *qp, pk *roce.Packet, p psn.PSN, f roce.OpFlags) {
 	}
 	if n > 0 {
 		sgs, o, v := d.reach(q.w.sgs, q.got, n, true)
+		if v == absent && !q.w.bad {
+			if v = d.pauseRX(q, p, true, restOf(q.w.sgs, q.got, true)); v == absent {
+				return
+			}
+		}
 		if q.w.bad || v != granted {
 			d.nakRecv(q, roce.SynNAKOp, verbs.WCLocProtErr)
 			return
@@ -254,7 +269,7 @@ func (d *device) recvWrite(q *qp, pk *roce.Packet, p psn.PSN, f roce.OpFlags) {
 		q.va, q.rkey, q.length, q.remaining = r.VA(), r.RKey(), r.Len(), r.Len()
 	}
 	end, imm := f&roce.FlagEnd != 0, f&roce.FlagImm != 0
-	if imm && !d.takeRecv(q, p) {
+	if imm && !q.inMessage && !d.takeRecv(q, p) {
 		return
 	}
 	n := uint32(len(pk.Payload))
@@ -271,6 +286,11 @@ func (d *device) recvWrite(q *qp, pk *roce.Packet, p psn.PSN, f roce.OpFlags) {
 	}
 	if n > 0 {
 		m, mem, v := d.remote(q, q.rkey, q.va, n, verbs.AccessRemoteWrite)
+		if v == absent {
+			if v = d.pauseRemote(q, p, q.rkey, q.va, q.remaining, verbs.AccessRemoteWrite); v == absent {
+				return
+			}
+		}
 		if v != granted {
 			d.nakRecv(q, roce.SynNAKAccess, verbs.WCRemAccessErr)
 			return
@@ -294,8 +314,21 @@ func (d *device) recvRead(q *qp, pk *roce.Packet, p psn.PSN) {
 		return
 	}
 	if r.Len() > 0 {
-		if m, _ := d.grant(q, r.RKey(), r.VA(), r.Len(), verbs.AccessRemoteRead); m == nil {
+		m, off := d.grant(q, r.RKey(), r.VA(), r.Len(), verbs.AccessRemoteRead)
+		v := granted
+		switch {
+		case m == nil:
+			v = refused
+		case m.paged != nil:
+			if v = m.paged.table.look(off, uint64(r.Len()), false); v == absent {
+				v = d.pauseRemote(q, p, r.RKey(), r.VA(), r.Len(), verbs.AccessRemoteRead)
+			}
+		}
+		switch v {
+		case refused:
 			d.nak(q, roce.SynNAKAccess)
+			return
+		case absent:
 			return
 		}
 	}
@@ -320,6 +353,11 @@ func (d *device) recvAtomic(q *qp, pk *roce.Packet, p psn.PSN) {
 		return
 	}
 	m, mem, v := d.remote(q, a.RKey(), a.VA(), 8, verbs.AccessRemoteAtomic)
+	if v == absent {
+		if v = d.pauseRemote(q, p, a.RKey(), a.VA(), 8, verbs.AccessRemoteAtomic); v == absent {
+			return
+		}
+	}
 	if v != granted {
 		d.nak(q, roce.SynNAKAccess)
 		return
@@ -404,34 +442,30 @@ func (q *qp) queueReplay(w rdWork) {
 
 func (d *device) replayRead(q *qp, pk *roce.Packet, p psn.PSN) {
 	r := pk.RETH()
-	for i := range q.ring {
-		e := &q.ring[i]
-		if !e.valid || e.atomic || !p.InRange(e.first, e.first.Add(e.npkts)) {
-			continue
-		}
-		off := uint32(p.Sub(e.first)) * uint32(q.pmtu)
-		if r.RKey() != e.rkey || r.VA() != e.va+uint64(off) || r.Len() > e.length-off {
-			return
-		}
-		n := max(1, (int(r.Len())+q.pmtu-1)/q.pmtu)
-		w := rdWork{replay: true, msn: q.msn, start: p, next: p, end: p.Add(n), va: r.VA(), rkey: r.RKey(), length: r.Len()}
-		d.stats.add(cReadReplays, 1)
-		q.readGap = min(max(q.readGap, readGapMin)*2, readGapMax)
-		// A READ in progress is moved, never started a second time: else duplicates would multiply its
-		// responses.
-		for k := range q.rdq {
-			if x := &q.rdq[k]; !x.atomic && (p.InRange(x.start, x.end) || x.start.InRange(p, w.end)) {
-				if x.next != x.start || x.start != p {
-					*x = w
-				}
-				d.dueAnswer(q)
-				return
-			}
-		}
-		q.queueReplay(w)
-		d.dueAnswer(q)
+	e := q.entry(p)
+	if e == nil {
 		return
 	}
+	off := uint32(p.Sub(e.first)) * uint32(q.pmtu)
+	if r.RKey() != e.rkey || r.VA() != e.va+uint64(off) || r.Len() > e.length-off {
+		return
+	}
+	n := max(1, (int(r.Len())+q.pmtu-1)/q.pmtu)
+	w := rdWork{replay: true, msn: q.msn, start: p, next: p, end: p.Add(n), va: r.VA(), rkey: r.RKey(), length: r.Len()}
+	d.stats.add(cReadReplays, 1)
+	q.readGap = min(max(q.readGap, readGapMin)*2, readGapMax)
+	d.dueAnswer(q)
+	// A READ in progress is moved, never started a second time: else duplicates would multiply its
+	// responses.
+	for k := range q.rdq {
+		if x := &q.rdq[k]; !x.atomic && (p.InRange(x.start, x.end) || x.start.InRange(p, w.end)) {
+			if x.next != x.start || x.start != p {
+				*x = w
+			}
+			return
+		}
+	}
+	q.queueReplay(w)
 }
 
 // outOfOrder reports a gap: once, and again when it lasts (rocev2 spec 4.4, 4.5).
@@ -549,14 +583,22 @@ func (d *device) answer(q *qp) (more bool) {
 			q.popAnswer()
 			continue
 		}
-		n, ok := d.sendReadResponses(q, w, budget)
-		if !ok {
-			d.readFailed(q, w)
-			return false
+		n, v := d.sendReadResponses(q, w, budget)
+		if v == absent {
+			return false // wakeRX comes back to it
+		}
+		if v != granted {
+			if !d.readFailed(q, w) {
+				return false
+			}
+			continue
 		}
 		if w.next == w.end {
 			if !w.replay {
 				q.readGap = max(q.readGap-q.readGap/8, readGapMin)
+			}
+			if e := q.entry(w.start); e != nil && w.end == e.first.Add(e.npkts) {
+				e.sent = true
 			}
 			q.popAnswer()
 		}
@@ -593,11 +635,39 @@ func (d *device) answer(q *qp) (more bool) {
 }
 
 // popAnswer takes the first answer, which has been given, off the queue.
-func (q *qp) popAnswer() { q.rdq = append(q.rdq[:0], q.rdq[1:]...) }
+func (q *qp) popAnswer() {
+	q.rdq = append(q.rdq[:0], q.rdq[1:]...)
+	q.rnrTold = 0
+}
 
-// readFailed ends the QP because the region went away under the READ that is being answered. Never a NAK
-// behind a response (rocev2 spec 4.9): the connection just ends.
-func (d *device) readFailed(q *qp, w *rdWork) {
+// entry is the remembered READ that p belongs to.
+func (q *qp) entry(p psn.PSN) *rdEntry {
+	for i := range q.ring {
+		if e := &q.ring[i]; e.valid && !e.atomic && p.InRange(e.first, e.first.Add(e.npkts)) {
+			return e
+		}
+	}
+	return nil
+}
+
+// replayPatience is for how long a peer may ask for a READ again whose region is gone: less than its first probes
+// are apart.
+const replayPatience = 50 * time.Millisecond
+
+// readFailed is called when the region has gone away under the READ w that is being answered, and reports whether
+// the QP lives on. That ends it, with a NAK if none of its responses has left: behind one there must
+// not be any (rocev2 spec 4.9). But a READ that was answered in full, and is asked for again, may be a
+// duplicate that the network kept: the peer has its data and has said so, or the region would still be
+// there. It is dropped; a peer that really misses some goes on asking.
+func (d *device) readFailed(q *qp, w *rdWork) bool {
+	if e := q.entry(w.start); w.replay && e != nil && e.sent && (e.gone.IsZero() || d.now.Sub(e.gone) < replayPatience) {
+		if e.gone.IsZero() {
+			e.gone = d.now
+		}
+		d.stats.add(cReplaysDropped, 1)
+		q.popAnswer()
+		return true
+	}
 	p, nak := w.start, !w.replay && w.next == w.start
 	d.stats.add(cRemoteAccessErr, 1)
 	d.async(verbs.AsyncEvent{Type: verbs.EventQPAccessErr, QP: q})
@@ -605,11 +675,12 @@ func (d *device) readFailed(q *qp, w *rdWork) {
 	if nak {
 		d.sendAck(q, roce.SynNAKAccess, p)
 	}
+	return false
 }
 
 // sendReadResponses sends at most limit packets of a READ's answer, straight from the region, which is
 // referenced until they have left.
-func (d *device) sendReadResponses(q *qp, w *rdWork, limit int) (sent int, ok bool) {
+func (d *device) sendReadResponses(q *qp, w *rdWork, limit int) (sent int, v verdict) {
 	for w.next != w.end && sent < limit && d.tx.ready() {
 		k := w.next.Sub(w.start)
 		off := uint32(k * q.pmtu)
@@ -617,9 +688,12 @@ func (d *device) sendReadResponses(q *qp, w *rdWork, limit int) (sent int, ok bo
 		var m *mr
 		var mem []sge
 		if n > 0 {
-			var v verdict
-			if m, mem, v = d.remote(q, w.rkey, w.va+uint64(off), n, verbs.AccessRemoteRead); v != granted {
-				return sent, false
+			at := w.va + uint64(off)
+			if m, mem, v = d.remote(q, w.rkey, at, n, verbs.AccessRemoteRead); v == absent {
+				v = d.waitRX(q, w.next, false, d.remoteSpan(q, w.rkey, at, w.length-off, verbs.AccessRemoteRead))
+			}
+			if v != granted {
+				return sent, v
 			}
 		}
 		first, last := w.next == w.start, w.next.Add(1) == w.end
@@ -644,7 +718,7 @@ func (d *device) sendReadResponses(q *qp, w *rdWork, limit int) (sent int, ok bo
 		w.next = w.next.Add(1)
 		sent++
 	}
-	return sent, true
+	return sent, granted
 }
 
 func (d *device) sendAtomicAck(q *qp, w *rdWork) {
@@ -659,6 +733,9 @@ func (d *device) sendAtomicAck(q *qp, w *rdWork) {
 func (d *device) sendAck(q *qp, syn uint8, p psn.PSN) {
 	if d.tx.blocked {
 		return // as if lost: the peer's probe asks again
+	}
+	if syn == roce.SynACK {
+		q.rnrTold = 0
 	}
 	var b pktBuilder
 	b.begin(d, q, roce.RCAck, roce.BTHLen+roce.AETHLen, 0)

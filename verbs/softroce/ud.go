@@ -29,6 +29,9 @@ func (d *device) sendUD(q *qp) (more bool) {
 		h := q.cur
 		w := q.slot(h)
 		sgs, off, v := d.reach(w.sgs, 0, w.total, false)
+		if v == absent && !w.bad && d.pauseTX(q, w, q.nxt, 0, false) == absent {
+			return false
+		}
 		if w.bad || v != granted {
 			q.failUD(w, verbs.WCLocProtErr)
 			return false
@@ -102,7 +105,9 @@ func (d *device) recvUD(q *qp, t *packetio.RxTrain, raw []byte, pk *roce.Packet,
 	}
 	q.got = 0
 	var ok bool
-	if q.srq != nil {
+	if ok = q.inMessage; ok {
+		// A request that an earlier datagram took, and whose pages it found absent.
+	} else if q.srq != nil {
 		if ok = q.srq.take(&q.w); ok {
 			q.srq.taken()
 		}
@@ -115,6 +120,13 @@ func (d *device) recvUD(q *qp, t *packetio.RxTrain, raw []byte, pk *roce.Packet,
 	}
 	total := uint32(grhLen + len(pk.Payload))
 	sgs, o, got := d.reach(q.w.sgs, 0, min(total, q.w.total), true)
+	if got == absent && q.w.total >= total && !q.w.bad {
+		if q.inMessage = d.waitRX(q, 0, true, restOf(q.w.sgs, 0, true)) == absent; q.inMessage {
+			d.stats.add(cODPHeld, 1)
+			return // as if lost on the wire
+		}
+	}
+	q.rxFault.tries = 0
 	if q.w.total < total || q.w.bad || got != granted {
 		d.stats.add(cRxNoRecv, 1)
 		s := verbs.WCLocLenErr
