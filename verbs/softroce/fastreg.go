@@ -146,7 +146,7 @@ func (l *pageList) idleLocked() error {
 	case l.closed:
 		return verbs.ErrClosed
 	case l.busy:
-		return verbs.ErrBusy
+		return fmt.Errorf("named by a posted request: %w", verbs.ErrBusy)
 	}
 	return nil
 }

@@ -114,7 +114,7 @@ func (c *scriptConn) Close() error {
 
 // testContext is one RC QP in RTS whose peer the test plays.
 type testContext struct {
-	t    *testing.T
+	t    testing.TB
 	dev  *device
 	conn *scriptConn
 	pd   verbs.PD
@@ -170,6 +170,13 @@ func newTestContextOn(t *testing.T, cfg Config, n *scriptNet) *testContext {
 	if tc.mr, err = tc.pd.RegMR(tc.mem, testIOVA, accessAll); err != nil {
 		t.Fatal(err)
 	}
+	tc.connect()
+	return tc
+}
+
+// connect moves the QP to RTS.
+func (tc *testContext) connect() {
+	tc.t.Helper()
 	for _, m := range []struct {
 		a verbs.QPAttr
 		m verbs.QPAttrMask
@@ -181,10 +188,9 @@ func newTestContextOn(t *testing.T, cfg Config, n *scriptNet) *testContext {
 			verbs.QPTimeoutBit | verbs.QPRetryCountBit | verbs.QPRNRRetryBit | verbs.QPSQPSNBit | verbs.QPMaxRDAtomicBit},
 	} {
 		if err := tc.qp.Modify(m.a, m.m|verbs.QPStateBit); err != nil {
-			t.Fatal(err)
+			tc.t.Fatal(err)
 		}
 	}
-	return tc
 }
 
 func (tc *testContext) close() {
