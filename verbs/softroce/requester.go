@@ -291,6 +291,9 @@ func (d *device) sendFrom(q *qp, w *swqe, limit int) (sent int, stop bool) {
 		step := 1
 		if w.isRead() {
 			if step = w.chunkEnd(k) - k; q.rdOut > 0 && (q.rdOut >= int(q.attr.MaxRDAtomic) || q.readDue+step > q.readWindow()) {
+				if q.deadline.IsZero() {
+					q.armRTO()
+				}
 				return sent, true // the next answer makes room
 			}
 		}
