@@ -145,7 +145,7 @@ func (c *Conn) accept(r *request) {
 	}
 	if err != nil {
 		m.count.acceptRejected.Inc()
-		c.attemptFailed(ctx, err)
+		c.attemptFailed(ctx, l, err)
 	}
 }
 

@@ -282,6 +282,8 @@ type Stats struct {
 	DrainTimeouts     uint64 // QPs destroyed without their marker: a provider's bug
 	HeartbeatsSent    uint64
 	HeartbeatTimeouts uint64
+	DevicesLost       uint64 // times an address was found without its device
+	DevicesBack       uint64 // times it had one again
 	Conns             uint64 // gauge
 	ConnsUp           uint64 // gauge
 }

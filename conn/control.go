@@ -112,7 +112,7 @@ func (c *Conn) control() {
 			c.ctl.req = nil
 			c.mu.Unlock()
 			c.accept(r)
-		case state == Up || !c.wantedLocked():
+		case state == Up || !c.wantedLocked() || c.site.isAway(): // away: Conn.deviceBack starts us again
 			c.ctl.running = false
 			never := c.ctl.established == 0
 			c.mu.Unlock()
@@ -202,12 +202,20 @@ func (c *Conn) begin(ours bool, timeout time.Duration) (context.Context, func())
 }
 
 // newLink makes the incarnation of an attempt. Nothing comes from it before it is connected.
-func (c *Conn) newLink(ctx context.Context, kind ibdev.RecvKind) (*ib.Link, error) {
+func (c *Conn) newLink(ctx context.Context, kind ibdev.RecvKind) (_ *ib.Link, err error) {
 	d, err := c.site.device(ctx)
 	if err != nil {
+		if errors.Is(err, ErrNoDevice) {
+			c.site.lost(nil)
+		}
 		return nil, err
 	}
-	defer d.Put()
+	defer func() {
+		if err != nil && d.Gone() {
+			c.site.lost(d)
+		}
+		d.Put()
+	}()
 	ring := c.m.cfg.SendRing
 	if kind == ibdev.Small {
 		ring = c.m.cfg.KernelSendRing
@@ -241,7 +249,6 @@ func (c *Conn) connect() {
 	if !c.state.move(Down, Connecting) {
 		return
 	}
-	m.count.connectAttempts.Inc()
 	timeout := m.cfg.ConnectTimeout
 	if left := m.cfg.DeadAfter - c.peer.missing(time.Now()); left > 0 {
 		timeout = min(timeout, left) // so that a dead peer is reported in time
@@ -254,6 +261,7 @@ func (c *Conn) connect() {
 	}
 	l, err := c.newLink(ctx, kind)
 	if err == nil {
+		m.count.connectAttempts.Inc()
 		h := c.hello(l)
 		var info verbs.Connected
 		info, err = l.Connect(ctx, netip.AddrPortFrom(c.remote, cmPort(c.remote)), h.AppendREQ(nil))
@@ -274,7 +282,9 @@ func (c *Conn) connect() {
 	if errors.As(err, &rej) {
 		m.count.connectRejected.Inc()
 	}
-	c.attemptFailed(ctx, err)
+	if c.attemptFailed(ctx, l, err); c.site.isAway() {
+		return
+	}
 	if c.peer.missing(time.Now()) >= m.cfg.DeadAfter {
 		c.peer.isDown()
 		c.mu.Lock()
@@ -283,17 +293,29 @@ func (c *Conn) connect() {
 	}
 }
 
-// attemptFailed moves connecting to error, and sets when to try again.
-func (c *Conn) attemptFailed(ctx context.Context, err error) {
+// attemptFailed moves connecting to error, and sets when to try again. An attempt that failed for want of a device says nothing
+// about the peer.
+func (c *Conn) attemptFailed(ctx context.Context, l *ib.Link, err error) {
+	if l != nil && l.Device().Gone() {
+		c.site.lost(l.Device())
+	}
+	if c.site.isAway() {
+		c.peer.pardon()
+	} else {
+		c.m.count.connectFailed.Inc()
+	}
 	if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, context.DeadlineExceeded) && !errors.Is(cause, context.Canceled) {
 		err = cause
 	}
-	c.m.count.connectFailed.Inc()
 	c.m.log.Debug("connection attempt failed", "conn", c, "err", err)
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	a := c.ctl.attempt
 	c.ctl.attempt = nil
 	c.ctl.lastErr = err
+	if a != nil && !a.ours && l != nil && (l.Device().Gone() || errors.Is(err, verbs.ErrDeviceGone)) {
+		c.ctl.keep = true // the peer may take it for established, and hears nothing of its end but our request
+	}
 	var rej *verbs.RejectError
 	if errors.As(err, &rej) && rej.Reason == consumerReject {
 		// Most often the peer has just dropped a stale connection, or is about to connect itself: its REQ comes first,
@@ -479,6 +501,10 @@ func (c *Conn) shutdown() {
 		c.q.rewind()
 		c.dropBeatsLocked()
 	}
+	gone := l != nil && l.Device().Gone()
+	if gone {
+		c.ctl.keep = c.ctl.keep || wasUp // nobody wanted it to end
+	}
 	c.ackNow, c.flush, c.mapDue, c.markDue = false, false, false, false
 	err := c.ctl.lastErr
 	c.emptyLocked()
@@ -486,7 +512,9 @@ func (c *Conn) shutdown() {
 	if wasUp {
 		m.count.connReset.Inc()
 		c.peer.lost()
-		c.peer.missing(time.Now())
+		if !gone {
+			c.peer.missing(time.Now())
+		}
 		if errors.Is(err, ErrPeerDead) {
 			c.peer.isDown()
 		}

@@ -56,6 +56,8 @@ type counters struct {
 	established       atomic.Uint64
 	heartbeatsSent    atomic.Uint64
 	heartbeatTimeouts atomic.Uint64
+	devicesLost       atomic.Uint64
+	devicesBack       atomic.Uint64
 }
 
 // Stats is a snapshot of the counters.
@@ -118,6 +120,8 @@ func (m *Manager) Stats() Stats {
 		DrainTimeouts:        m.linkStats.DrainTimeouts.Load(),
 		HeartbeatsSent:       k.heartbeatsSent.Load(),
 		HeartbeatTimeouts:    k.heartbeatTimeouts.Load(),
+		DevicesLost:          k.devicesLost.Load(),
+		DevicesBack:          k.devicesBack.Load(),
 	}
 	for _, d := range m.cfg.Registry.Devices() {
 		ds := d.Stats()

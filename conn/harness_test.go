@@ -38,6 +38,7 @@ type host struct {
 	slab  *slab.Slab
 	epoch *epoch.Domain
 	sink  *testSink
+	prov  *softroce.Provider
 
 	closed bool
 }
@@ -65,11 +66,11 @@ func newHost(t testing.TB, net packetio.Network, addr netip.Addr, mod ...func(*h
 	if h.slab, err = slab.New(slab.Config{Name: addr.String(), MaxBytes: o.slabBytes}); err != nil {
 		t.Fatal(err)
 	}
-	var p verbs.Provider = softroce.New(o.sr)
+	h.prov = softroce.New(o.sr)
+	o.regCfg.Providers = []verbs.Provider{h.prov}
 	if o.wrap != nil {
-		p = o.wrap(p)
+		o.regCfg.Providers[0] = o.wrap(h.prov)
 	}
-	o.regCfg.Providers = []verbs.Provider{p}
 	o.regCfg.Slab, o.regCfg.Epoch = h.slab, h.epoch
 	h.reg = ibdev.NewRegistry(o.regCfg)
 	o.cfg.Registry, o.cfg.Slab, o.cfg.Epoch = h.reg, h.slab, h.epoch

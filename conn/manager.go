@@ -39,6 +39,8 @@ type Manager struct {
 	closeErr error
 	abandon  int
 
+	ctx   context.Context // ends with done
+	end   func()
 	done  chan struct{} // closed when Close has begun to tear down
 	ended chan struct{} // closed when it is through
 	wg    sync.WaitGroup
@@ -106,6 +108,7 @@ func NewManager(cfg Config) *Manager {
 		byKey: make(map[key]*Conn), peers: make(map[pair]*Peer), sites: make(map[netip.Addr]*site),
 		scratch: make(map[*ibdev.Device]*rxScratch), done: make(chan struct{}), ended: make(chan struct{}),
 	}
+	m.ctx, m.end = context.WithCancel(context.Background())
 	m.sendMem.limit = cfg.SendMemory
 	m.maxPieces = min(MaxRDMAPieces, ib.MaxOpSGE*(min(cfg.SendRing, cfg.KernelSendRing)-reservedSlots))
 	for m.inc == 0 {
@@ -218,7 +221,7 @@ func (m *Manager) forget(c *Conn) {
 		return
 	}
 	c.mu.Lock()
-	unused := c.ctl.established == 0 && !c.ctl.running && c.ctl.req == nil && c.state.load() == Down && c.q.una == c.q.tail
+	unused := c.ctl.established == 0 && !c.ctl.running && c.ctl.req == nil && c.state.load() == Down && c.q.una == c.q.tail && !c.ctl.keep
 	if unused {
 		c.closed, c.ctl.closing = true, true
 	}
@@ -289,11 +292,19 @@ func (m *Manager) Park() { m.cfg.Registry.Park() }
 // scratchFor is where the receive handler of d gathers messages.
 func (m *Manager) scratchFor(d *ibdev.Device) *rxScratch {
 	m.mu.Lock()
-	defer m.mu.Unlock()
-	s := m.scratch[d]
-	if s == nil {
+	s, old := m.scratch[d]
+	if !old {
 		s = new(rxScratch)
 		m.scratch[d] = s
+	}
+	m.mu.Unlock()
+	if !old {
+		// Links that have it keep it.
+		d.OnRemove(func() {
+			m.mu.Lock()
+			delete(m.scratch, d)
+			m.mu.Unlock()
+		})
 	}
 	return s
 }
@@ -331,6 +342,7 @@ func (m *Manager) Close(ctx context.Context) (abandoned int, err error) {
 	}
 	// 3. No more requests, and none in progress.
 	close(m.done)
+	m.end()
 	var errs []error
 	for _, s := range sites {
 		errs = append(errs, s.close())

@@ -68,6 +68,13 @@ func (p *Peer) missing(now time.Time) time.Duration {
 	return now.Sub(p.since)
 }
 
+// pardon forgets for how long the peer has been missed: that it was not reached was not its fault.
+func (p *Peer) pardon() {
+	p.mu.Lock()
+	p.since = time.Time{}
+	p.mu.Unlock()
+}
+
 // isDown reports the peer down, once.
 func (p *Peer) isDown() {
 	p.mu.Lock()

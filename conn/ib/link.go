@@ -31,7 +31,7 @@ type Upper interface {
 // Errors of a link.
 var (
 	ErrPeerClosed = errors.New("connection closed by the peer")
-	ErrDeviceGone = errors.New("device failed")
+	ErrDeviceGone = verbs.ErrDeviceGone
 )
 
 // Config are the parameters of a Link.
@@ -390,7 +390,7 @@ func (l *Link) QPEvent(t verbs.EventType) {
 	case verbs.EventCommEst, verbs.EventSQDrained:
 	case verbs.EventQPLastWQEReached:
 		l.fail(ErrPeerClosed)
-	case verbs.EventDeviceFatal:
+	case verbs.EventDeviceFatal, verbs.EventDeviceRemoved:
 		l.fail(ErrDeviceGone)
 	default:
 		l.fail(fmt.Errorf("QP event %v", t))
