@@ -37,7 +37,7 @@ const (
 
 // afrdsMain is the program.
 func afrdsMain([]string) int {
-	k := &KernelRDS{socks: make(map[int]int)}
+	k := &KernelRDS{socks: make(map[int]int), statuses: make(map[int][]RDMAStatus)}
 	fd, err := unix.Socket(afRDS, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "AF_RDS:", err)
@@ -63,9 +63,11 @@ func (stdio) Close() error                { return nil }
 type KernelRDS struct {
 	info int // unbound socket for the information interface
 
-	mu    sync.Mutex
-	next  int
-	socks map[int]int // ID -> descriptor
+	mu       sync.Mutex
+	next     int
+	socks    map[int]int // ID -> descriptor
+	bufs     [][]byte
+	statuses map[int][]RDMAStatus // by socket's ID: received, not yet asked for
 }
 
 func (k *KernelRDS) fd(id int) (int, error) {
@@ -194,9 +196,10 @@ type RecvArgs struct {
 
 // Datagram is a received datagram without its content.
 type Datagram struct {
-	From netip.AddrPort
-	Len  int
-	Sum  uint32 // CRC-32
+	From   netip.AddrPort
+	Len    int
+	Sum    uint32 // CRC-32
+	Cookie uint64 // RDS_CMSG_RDMA_DEST
 }
 
 // Recv receives datagrams; fewer than Count if the limit passes.
@@ -205,12 +208,16 @@ func (k *KernelRDS) Recv(a RecvArgs, out *[]Datagram) error {
 	if err != nil {
 		return err
 	}
-	buf := make([]byte, 1<<20)
+	buf, oob := make([]byte, 1<<20), make([]byte, 4096)
 	end := time.Now().Add(a.Limit)
 	for len(*out) < a.Count {
-		n, sa, err := unix.Recvfrom(fd, buf, unix.MSG_DONTWAIT)
+		n, oobn, _, sa, err := unix.Recvmsg(fd, buf, oob, unix.MSG_DONTWAIT)
+		var d Datagram
+		if err == nil {
+			err = k.cmsgs(a.ID, oob[:oobn], &d)
+		}
 		switch {
-		case err == unix.EAGAIN || err == nil && sa == nil: // nothing, or news about congestion
+		case err == unix.EAGAIN || err == nil && sa == nil: // nothing, or news about congestion or operations
 			left := time.Until(end)
 			if left <= 0 {
 				return nil
@@ -221,7 +228,8 @@ func (k *KernelRDS) Recv(a RecvArgs, out *[]Datagram) error {
 		case err != nil:
 			return err
 		default:
-			*out = append(*out, Datagram{From: addrPortOf(sa), Len: n, Sum: crc32.ChecksumIEEE(buf[:n])})
+			d.From, d.Len, d.Sum = addrPortOf(sa), n, crc32.ChecksumIEEE(buf[:n])
+			*out = append(*out, d)
 			end = time.Now().Add(a.Limit)
 		}
 	}
