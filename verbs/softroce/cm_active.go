@@ -140,7 +140,7 @@ func (m *connManager) attempt(ctx context.Context, remote netip.AddrPort, qp ver
 		Timeout:         cmwire.AckTimeout(rep.TargetAckDelay, ackTimeout-1),
 		RetryCount:      p.RetryCount,
 		RNRRetry:        rep.RNRRetryCount,
-	})
+	}, p.RNRRetryCount)
 
 	// 4. RTU, unless the peer or the user took it back meanwhile.
 	m.mu.Lock()

@@ -414,8 +414,12 @@ func qpToInit(qp verbs.QP, served uint8) error {
 		verbs.QPStateBit|verbs.QPPKeyIndexBit|verbs.QPPortBit|verbs.QPAccessBit)
 }
 
-// qpToRTS takes qp from INIT through RTR to RTS with the attributes in a.
-func qpToRTS(qp verbs.QP, a verbs.QPAttr) error {
+// qpToRTS takes qp from INIT through RTR to RTS with the attributes in a. peerRNR is the RNR retry count that the
+// peer's QP has from us.
+func qpToRTS(qp verbs.QP, a verbs.QPAttr, peerRNR uint8) error {
+	if q, ok := qp.(interface{ setPeerRNRRetry(uint8) }); ok {
+		q.setPeerRNRRetry(peerRNR)
+	}
 	a.State = verbs.StateRTR
 	err := qp.Modify(a, verbs.QPStateBit|verbs.QPAHBit|verbs.QPPathMTUBit|verbs.QPDestQPNBit|verbs.QPRQPSNBit|
 		verbs.QPMaxDestRDAtomicBit|verbs.QPMinRNRTimerBit)

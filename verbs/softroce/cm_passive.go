@@ -334,5 +334,5 @@ func (r *cmRequest) prepareQP(qp verbs.QP, p *verbs.ConnParam, prepare func() er
 		Timeout:         req.Primary.AckTimeout,
 		RetryCount:      req.RetryCount,
 		RNRRetry:        req.RNRRetryCount,
-	})
+	}, p.RNRRetryCount)
 }
