@@ -18,7 +18,7 @@ import (
 	"github.com/openrds/openrds/verbs/softroce"
 )
 
-const accessAll = verbs.AccessLocalWrite | verbs.AccessRemoteWrite | verbs.AccessRemoteRead | verbs.AccessRemoteAtomic
+const accessAll = verbs.AccessLocalWrite | verbs.AccessRemoteWrite | verbs.AccessRemoteRead | verbs.AccessRemoteAtomic | verbs.AccessMWBind
 
 const (
 	stepLimit = 30 * time.Second // of one step of a test: emulation, retransmission timers
