@@ -6,6 +6,7 @@ import (
 
 	"go.uber.org/atomic"
 
+	"github.com/openrds/openrds/mrpool"
 	"github.com/openrds/openrds/verbs"
 )
 
@@ -142,6 +143,10 @@ func (q *cq) dispatchSend(wcs []verbs.WC) {
 				continue
 			}
 			q.touch(qp)
+		}
+		if wc.ID&mrpool.WRBit != 0 && qp.pool != nil {
+			qp.pool.Completion(wc) // that the QP is in ERR, if so, the owner learns by its own requests and events
+			continue
 		}
 		qp.handler.SendWC(wc)
 	}

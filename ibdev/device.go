@@ -9,6 +9,7 @@ import (
 	"go.uber.org/atomic"
 
 	"github.com/openrds/openrds/internal/ref"
+	"github.com/openrds/openrds/mrpool"
 	"github.com/openrds/openrds/verbs"
 )
 
@@ -37,6 +38,7 @@ type Device struct {
 	recvCQ *cq
 	small  *recvPool
 	large  *recvPool
+	pools  *mrpool.Pools
 	mrs    mrTable
 	stats  deviceStats
 
@@ -93,6 +95,11 @@ func openDevice(r *Registry, addr netip.Addr, vdev verbs.Device) (_ *Device, err
 	if d.large, err = newRecvPool(d, LargeRecv, 0, r.cfg.Large); err != nil {
 		return nil, err
 	}
+	d.pools, err = mrpool.New(mrpool.Config{Device: vdev, PD: d.pd, Attr: d.attr, Epoch: r.cfg.Epoch, Ref: (*mrRef)(d), Logger: r.logger.Named("mrpool"),
+		Small: r.cfg.Pools.Small, Large: r.cfg.Pools.Large, MaxPinned: r.cfg.Pools.MaxPinned})
+	if err != nil {
+		return nil, err
+	}
 	vdev.SetAsyncHandler(d.event)
 	return d, nil
 }
@@ -108,6 +115,10 @@ func (d *Device) Addr() netip.Addr { return d.addr }
 
 // Attr are the device's limits.
 func (d *Device) Attr() verbs.DeviceAttr { return d.attr }
+
+// Pools is the device's registered memory. Whoever has a mapping of it holds a reference to the device through
+// it, and one more for the calls.
+func (d *Device) Pools() *mrpool.Pools { return d.pools }
 
 // Progress does what is due on the device, on the caller's goroutine, and reports whether there was
 // anything: verbs.Progresser, where the device has it.
@@ -197,24 +208,29 @@ func (d *Device) release() error {
 	}
 	// 1. No more events: nothing grows a queue any more.
 	d.dev.SetAsyncHandler(nil)
-	// 2. Listeners and QPs are gone: each held a reference.
-	// 3. The shared receive queues; the buffers posted to them come home, those that applications hold
-	// stay theirs.
+	// 2. Listeners and QPs are gone: each held a reference, and a QP was drained before it put its own.
+	// 3. The pools: recovery is cancelled, then the flush, and what was freed is invalidated here, on no queue. The run
+	// of a worker that has dropped the last reference is over: that was its last act.
+	if d.pools != nil {
+		note("pools", d.pools.Close())
+	}
+	// 4. The shared receive queues, before the regions that their requests hold; the buffers come home, but for those
+	// that applications hold, which stay theirs.
 	for _, p := range []*recvPool{d.small, d.large} {
 		if p != nil {
 			note("shared receive queue", p.close())
 		}
 	}
-	// 4. The regions: nothing names them now.
+	// 5. The regions over slab memory: nothing names them now.
 	note("memory regions", d.mrs.close())
-	// 5. The completion queues, which QPs used.
+	// 6. The completion queues, which QPs used.
 	if d.recvCQ != nil {
 		note("receive CQ", d.recvCQ.vcq.Close())
 	}
 	for _, q := range d.sendCQs {
 		note("send CQ", q.vcq.Close())
 	}
-	// 6. The protection domain, parent of 3 and 4; then the device itself.
+	// 7. The protection domain, parent of all that is registered; then the device itself.
 	if d.pd != nil {
 		note("PD", d.pd.Close())
 	}
@@ -253,6 +269,7 @@ type DeviceStats struct {
 	RegErrors        uint64
 	LimitEvents      uint64 // a shared receive queue ran low and was made longer
 	Small, Large     RecvStats
+	Pools            mrpool.Stats
 	Provider         map[string]uint64 // verbs.Device.Stats
 }
 
@@ -272,6 +289,7 @@ func (d *Device) Stats() DeviceStats {
 		LimitEvents:      d.stats.limitEvents.Load(),
 		Small:            d.small.snapshot(),
 		Large:            d.large.snapshot(),
+		Pools:            d.pools.Stats(),
 		Provider:         d.dev.Stats(),
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/openrds/openrds/mrpool"
 	"github.com/openrds/openrds/verbs"
 )
 
@@ -41,15 +42,19 @@ func (k RecvKind) Bytes() int {
 
 // QPConfig are the parameters of a QP.
 type QPConfig struct {
-	MaxSendWR  int
+	MaxSendWR  int // of the owner
+	PoolWR     int // beside those, of the device's pools (QP.Pool); 0: none
 	MaxSendSGE int
 	Recv       RecvKind
 }
 
+func (c *QPConfig) sendWRs() int { return c.MaxSendWR + c.PoolWR }
+
 // QP is a queue pair of a Device, an RC QP on one of its shared receive queues. It holds a reference
-// to the device and room for MaxSendWR completions.
+// to the device and room for the completions of all its requests.
 type QP struct {
 	verbs.QP
+	pool    *mrpool.QP // nil without PoolWR
 	dev     *Device
 	num     verbs.QPN
 	handler QPHandler
@@ -60,7 +65,7 @@ type QP struct {
 
 // CreateQP makes a QP whose completions go to h. The caller holds a reference to d. May wait.
 func (d *Device) CreateQP(cfg QPConfig, h QPHandler) (_ *QP, err error) {
-	q, err := d.reserve(cfg.MaxSendWR)
+	q, err := d.reserve(cfg.sendWRs())
 	if err != nil {
 		return nil, err
 	}
@@ -70,10 +75,13 @@ func (d *Device) CreateQP(cfg QPConfig, h QPHandler) (_ *QP, err error) {
 	}
 	qp := &QP{dev: d, handler: h, sendCQ: q, cfg: cfg}
 	qp.QP, err = d.pd.CreateQP(verbs.QPConfig{Type: verbs.RC, SendCQ: q.vcq, RecvCQ: d.recvCQ.vcq, SRQ: pool.srq,
-		MaxSendWR: cfg.MaxSendWR, MaxSendSGE: cfg.MaxSendSGE, Context: qp})
+		MaxSendWR: cfg.sendWRs(), MaxSendSGE: cfg.MaxSendSGE, Context: qp})
 	if err != nil {
-		d.unreserve(q, cfg.MaxSendWR)
+		d.unreserve(q, cfg.sendWRs())
 		return nil, err
+	}
+	if cfg.PoolWR > 0 {
+		qp.pool = d.pools.NewQP(qp.QP, cfg.PoolWR)
 	}
 	qp.num = qp.Num()
 	d.GetNamed(holderQP)
@@ -108,6 +116,9 @@ func (qp *QP) Limits() (sendWR, sendSGE, recvWR int) {
 // Device is the QP's device.
 func (qp *QP) Device() *Device { return qp.dev }
 
+// Pool maps memory on the QP; nil if QPConfig.PoolWR was 0. Its completions are given to it, and are not the handler's.
+func (qp *QP) Pool() *mrpool.QP { return qp.pool }
+
 // InRecv runs fn as the receive handler: not concurrently with it, and with what it leaves to be polled
 // polled afterwards. fn may not wait. Not in a handler.
 func (qp *QP) InRecv(fn func()) { qp.dev.recvCQ.as(fn) }
@@ -130,7 +141,10 @@ func (qp *QP) Close() error {
 	if !known {
 		return nil // closed before
 	}
-	d.unreserve(qp.sendCQ, qp.cfg.MaxSendWR)
+	if qp.pool != nil {
+		qp.pool.Close() // what it had outstanding and no completion has told of
+	}
+	d.unreserve(qp.sendCQ, qp.cfg.sendWRs())
 	d.mu.Lock()
 	d.nKind[qp.cfg.Recv]--
 	d.mu.Unlock()

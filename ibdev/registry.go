@@ -15,6 +15,7 @@ import (
 
 	"github.com/openrds/openrds/internal/epoch"
 	"github.com/openrds/openrds/internal/slab"
+	"github.com/openrds/openrds/mrpool"
 	"github.com/openrds/openrds/verbs"
 )
 
@@ -38,6 +39,15 @@ type Config struct {
 	// RecvMemory bounds the slab memory of the receive buffers of all devices in bytes, beyond the initial ones of
 	// each; 0: three eighths of slab.DefaultMaxBytes.
 	RecvMemory int64
+
+	// Pools bounds the registered memory of each device: see package mrpool. Zero values are its defaults.
+	Pools PoolConfig
+}
+
+// PoolConfig bounds the pools of a device.
+type PoolConfig struct {
+	Small, Large mrpool.PoolConfig // of up to 3 pages, of up to 257
+	MaxPinned    int64             // bytes, both; 0: what both may pin
 }
 
 func (c *RecvConfig) setDefaults(initial, perQP, maxBufs int) {
