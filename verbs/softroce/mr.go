@@ -463,6 +463,7 @@ func (d *device) holdersOf(m *mr) []string {
 		}
 	}
 	add(n, "batch of READ responses waiting for room in the socket")
+	add(d.paging.faults.holds(m), "page faults on their way")
 	if n := m.refs.Refs() - known; n > 0 && len(out) == 0 {
 		out = append(out, fmt.Sprintf("%d references that no queue accounts for", n))
 		out = append(out, m.refs.Holders()...)

@@ -1,6 +1,7 @@
 package softroce
 
 import (
+	"slices"
 	"sync"
 	"time"
 
@@ -137,6 +138,7 @@ type faultQueue struct {
 	mu      sync.Mutex
 	idle    sync.Cond
 	queue   []*fault
+	all     map[*fault]struct{} // queued or being handled
 	running int
 }
 
@@ -145,6 +147,10 @@ func (w *faultQueue) push(d *device, f *fault) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.queue = append(w.queue, f)
+	if w.all == nil {
+		w.all = make(map[*fault]struct{})
+	}
+	w.all[f] = struct{}{}
 	if w.running < maxFaultWorkers {
 		w.running++
 		go w.work(d)
@@ -166,6 +172,25 @@ func (w *faultQueue) work(d *device) {
 		w.idle.Broadcast()
 	}
 	w.mu.Unlock()
+}
+
+// forget is called when f holds nothing any more.
+func (w *faultQueue) forget(f *fault) {
+	w.mu.Lock()
+	delete(w.all, f)
+	w.mu.Unlock()
+}
+
+// holds counts faults that reference m.
+func (w *faultQueue) holds(m *mr) (n int) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for f := range w.all {
+		if slices.ContainsFunc(f.spans, func(s faultSpan) bool { return s.m == m }) {
+			n++
+		}
+	}
+	return n
 }
 
 // wait returns when no worker is left.
@@ -223,6 +248,7 @@ func (d *device) handleFault(f *fault) {
 		}
 	}
 	f.release()
+	d.paging.faults.forget(f)
 	d.unlockRole()
 	f.q.faults.done()
 }
