@@ -17,16 +17,24 @@
 // There is no global epoch number. Each participant counts its own entries and exits on a cache line
 // that nobody else writes: odd is inside. A grace period is over when every participant seen
 // at an odd count has moved on from it. Compared with a shared number that readers copy and a
-// reclaimer advances, Enter reads nothing shared, and there is nothing to advance by polling. It is
-// correct because Go's atomics are sequentially consistent: a reader whose Enter comes after the
-// reclaimer's look at it also comes after the unpublishing, and so cannot find the object.
+// reclaimer advances, Enter reads nothing shared, and there is nothing to advance by polling.
+//
+// Two pairs of steps need an order that a store and a later load do not have by themselves. A reader's Enter
+// comes before what it reads, as the writer's unpublishing comes before its look at the counts: so a
+// reader that the writer does not see inside cannot find the object. A reader's Exit comes before its look for a
+// mark, as the waiter's mark comes before its check of the counts: so a reader that leaves unseen
+// sees the mark. Writers pay for both where the system lets them (Linux on amd64: membarrier(2)), and readers write
+// with plain stores; elsewhere readers count with Go's atomics, which are sequentially consistent.
 //
 // Nothing polls and nothing runs on an idle Domain: a goroutine exists only while there is garbage.
 // It marks the participants it waits for, and only the Exit of a marked participant wakes it; other
 // Exits pay for one load of their own cache line.
 //
-// Limitations: a participant that stays inside holds back all garbage; that is reported (Config.
-// OnStall), not cured. Order is by grace period: callbacks run in the order of their Retire.
+// The protocol is modelled in spin/epoch.pml and checked over every interleaving. Steps that the model
+// has are named here as there: R_ENTER, G_MARK.
+//
+// Limitations: a participant that stays inside holds back all garbage; that is reported with its stack
+// (Config.OnStall), not cured. Order is by grace period: callbacks run in the order of their Retire.
 package epoch
 
 import (
@@ -54,18 +62,23 @@ const (
 type Config struct {
 	// MaxPending is how many retired callbacks may wait before Throttle holds its callers; 0 means 4096.
 	MaxPending int
-	// OnStall, if not nil, is told of a participant that has held back a grace period for inside, first
-	// after StallAfter and then each time the wait has doubled. It runs on the goroutine that waits
-	// (the worker or a caller of Synchronize) with no lock held.
-	OnStall func(participant string, inside time.Duration)
+	// OnStall, if not nil, is told of a participant that holds back a grace period, first after
+	// StallAfter and then each time the wait has doubled. It runs on the goroutine that waits (the
+	// worker or a caller of Synchronize) with no lock held.
+	OnStall func(Stall)
 	// StallAfter is when OnStall is first called; 0 means 10 s.
 	StallAfter time.Duration
+
+	fenced bool // readers order their own steps even where writers could; for tests
+	rig    *rig // for tests
 }
 
 // Domain is a set of readers and the garbage that waits for them. All methods are safe for
 // concurrent use.
 type Domain struct {
 	cfg     Config
+	light   bool // participants are light
+	rig     *rig
 	pending atomic.Int64 // callbacks retired and not yet run
 
 	mu           sync.Mutex
@@ -84,7 +97,8 @@ type wake = struct{}
 // NewDomain returns a Domain with the default configuration.
 func NewDomain() *Domain { return Config{}.NewDomain() }
 
-// NewDomain returns a Domain without participants.
+// NewDomain returns a Domain without participants. The first of a process takes about 10 ms on Linux
+// (see registerFence).
 func (cfg Config) NewDomain() *Domain {
 	if cfg.MaxPending <= 0 {
 		cfg.MaxPending = defaultMaxPending
@@ -92,128 +106,7 @@ func (cfg Config) NewDomain() *Domain {
 	if cfg.StallAfter <= 0 {
 		cfg.StallAfter = defaultStallAfter
 	}
-	return &Domain{cfg: cfg}
-}
-
-// Participant is a reader. One goroutine at a time uses it; a role that moves between goroutines
-// may take its participant along.
-type Participant struct {
-	// The pads keep the two words below alone on their cache line, whatever the allocation's
-	// alignment, and out of the neighbour line that processors fetch along with it.
-	_ [128]byte
-	// count is the number of entries and exits: odd while inside. Written by the reader only.
-	count atomic.Uint64
-	// watched counts the grace periods that wait for this participant's next Exit. Decides
-	// whether Exit wakes somebody.
-	watched atomic.Int32
-	_       [128]byte
-
-	domain    *Domain
-	name      string
-	goroutine atomic.Int64 // who is inside, under invariants
-}
-
-// Register adds a reader; name is what reports call it.
-func (d *Domain) Register(name string) *Participant {
-	p := &Participant{domain: d, name: name}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.closed {
-		panic(fmt.Sprintf("BUG: epoch: Register of %q after Close", name))
-	}
-	// A grace period that took its snapshot before may miss p: p enters later than that, and finds
-	// nothing that was unpublished earlier.
-	d.participants = append(d.participants[:len(d.participants):len(d.participants)], p)
-	return p
-}
-
-// Unregister removes p, which is outside and is not used again.
-func (p *Participant) Unregister() {
-	d := p.domain
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if p.Inside() {
-		panic(fmt.Sprintf("BUG: epoch: Unregister of %q, which is inside", p.name))
-	}
-	rest := make([]*Participant, 0, len(d.participants))
-	for _, q := range d.participants {
-		if q != p {
-			rest = append(rest, q)
-		}
-	}
-	if len(rest) == len(d.participants) {
-		panic(fmt.Sprintf("BUG: epoch: Unregister of %q twice", p.name))
-	}
-	d.participants = rest
-}
-
-// Name returns the name given to Register.
-func (p *Participant) Name() string { return p.name }
-
-// Enter begins a read-side section: what is retired from now on stays usable until Exit. p is outside.
-func (p *Participant) Enter() {
-	if p.count.Add(1)&1 == 0 {
-		p.enteredTwice()
-	}
-	if invariants.Enabled {
-		p.goroutine.Store(invariants.GoroutineID())
-	}
-}
-
-// Exit ends the section: nothing found inside may be touched any more.
-func (p *Participant) Exit() {
-	if invariants.Enabled {
-		p.goroutine.Store(0)
-	}
-	if p.count.Add(1)&1 != 0 {
-		p.exitedTwice()
-	}
-	// The waiter marks first and looks at the count then; this is the other order, so one of the two sees
-	// the other.
-	if p.watched.Load() != 0 {
-		p.domain.wake()
-	}
-}
-
-// Checkpoint is Exit and Enter in one for a reader that goes from one batch to the next without
-// blocking: nothing found before may be touched after it. It costs one load while no grace period waits for
-// p. p is inside, before and after.
-func (p *Participant) Checkpoint() {
-	if p.watched.Load() != 0 {
-		p.Exit()
-		p.Enter()
-	} else if invariants.Enabled && !p.Inside() {
-		panic(fmt.Sprintf("BUG: epoch: Checkpoint by %q, which is outside", p.name))
-	}
-}
-
-// Inside reports whether p is between Enter and Exit. It means something to p's own goroutine only.
-func (p *Participant) Inside() bool { return p.count.Load()&1 != 0 }
-
-//go:noinline
-func (p *Participant) enteredTwice() {
-	p.count.Add(^uint64(0))
-	panic(fmt.Sprintf("BUG: epoch: Enter by %q, which is inside", p.name))
-}
-
-//go:noinline
-func (p *Participant) exitedTwice() {
-	p.count.Add(^uint64(0))
-	panic(fmt.Sprintf("BUG: epoch: Exit by %q, which is outside", p.name))
-}
-
-// wake tells every grace period in progress to look again.
-//
-//go:noinline
-func (d *Domain) wake() {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	for _, w := range d.waiters {
-		select {
-		case w <- wake{}:
-		default: // it has not yet looked since the last time
-		}
-	}
+	return &Domain{cfg: cfg, rig: cfg.rig, light: haveLight && !cfg.fenced && registerFence()}
 }
 
 // Retire has fn run after every participant that is inside now has left. The object was unpublished
@@ -227,6 +120,7 @@ func (d *Domain) Retire(fn func()) {
 	if d.closed && d.idle == nil {
 		panic("BUG: epoch: Retire after Close")
 	}
+	// W_RETIRE; W_UNPUBLISH was the caller's, before.
 	d.pending.Add(1)
 	d.retired = append(d.retired, fn)
 	if d.idle == nil {
@@ -273,7 +167,7 @@ func (d *Domain) Synchronize() {
 	if invariants.Enabled {
 		d.refuseInside("Synchronize")
 	}
-	d.gracePeriod()
+	d.wait(d.look(d.snapshot()))
 }
 
 // Synchronize is Domain.Synchronize for the goroutine that uses p, and panics in every build when p
@@ -295,7 +189,7 @@ func (d *Domain) refuseInside(op string) {
 		panic(fmt.Sprintf("BUG: epoch: %s in a retired callback", op))
 	}
 	for _, p := range d.participants {
-		if p.goroutine.Load() == me {
+		if p.inside.Load() == me {
 			panic(fmt.Sprintf("BUG: epoch: %s by the goroutine of %q, which is inside", op, p.name))
 		}
 	}
@@ -335,10 +229,25 @@ func (d *Domain) work() {
 		d.workerID = invariants.GoroutineID()
 		d.mu.Unlock()
 	}
+	var old []*Participant
+	if d.broken(faultOldParticipants) {
+		old = d.snapshot()
+	}
 	for {
+		var in []section
+		if d.broken(faultLookBeforeTake) {
+			in = d.look(d.snapshot())
+		}
+		d.at("G_TAKE")
 		d.mu.Lock()
 		batch := d.retired
 		if len(batch) == 0 {
+			if d.broken(faultEndUnlocked) {
+				d.mu.Unlock()
+				d.at("G_END")
+				d.mu.Lock()
+			}
+			// G_END: in the same critical section, so that a Retire either came before or starts another worker.
 			close(d.idle)
 			d.idle, d.workerID = nil, 0
 			d.mu.Unlock()
@@ -347,7 +256,16 @@ func (d *Domain) work() {
 		d.retired, d.spare = d.spare[:0], nil
 		d.mu.Unlock()
 
-		d.gracePeriod()
+		// From here on d.snapshot and d.look are later than every Retire of the batch.
+		switch {
+		case d.broken(faultLookBeforeTake):
+		case d.broken(faultOldParticipants):
+			in = d.look(old)
+		default:
+			in = d.look(d.snapshot())
+		}
+		d.wait(in)
+		d.at("G_FREE")
 		for i, fn := range batch {
 			batch[i] = nil
 			fn()
@@ -363,79 +281,5 @@ func (d *Domain) work() {
 			d.room = nil
 		}
 		d.mu.Unlock()
-	}
-}
-
-// inside is a participant that a grace period waits for.
-type inside struct {
-	p     *Participant
-	count uint64 // odd; the wait is over once p has another
-}
-
-// gracePeriod waits until every participant that is inside when it is called has left.
-func (d *Domain) gracePeriod() {
-	d.mu.Lock()
-	all := d.participants
-	d.mu.Unlock()
-	var wait []inside
-	for _, p := range all {
-		if n := p.count.Load(); n&1 != 0 {
-			wait = append(wait, inside{p, n})
-		}
-	}
-	if len(wait) > 0 {
-		d.waitFor(wait)
-	}
-}
-
-func (d *Domain) waitFor(wait []inside) {
-	woken := make(chan wake, 1)
-	d.mu.Lock()
-	d.waiters = append(d.waiters, woken)
-	d.mu.Unlock()
-	for _, w := range wait {
-		w.p.watched.Add(1)
-	}
-
-	began, bound := time.Now(), d.cfg.StallAfter
-	stall := time.NewTimer(bound)
-	defer stall.Stop()
-	for {
-		// Only now, after the marks: an Exit before a mark is seen here, one after it wakes us.
-		still := wait[:0]
-		for _, w := range wait {
-			if w.p.count.Load() == w.count {
-				still = append(still, w)
-			} else {
-				w.p.watched.Add(-1)
-			}
-		}
-		if wait = still; len(wait) == 0 {
-			break
-		}
-		select {
-		case <-woken:
-		case <-stall.C:
-			if d.cfg.OnStall != nil {
-				for _, w := range wait {
-					if w.p.count.Load() == w.count {
-						d.cfg.OnStall(w.p.name, time.Since(began))
-					}
-				}
-			}
-			stall.Reset(bound)
-			bound *= 2
-		}
-	}
-
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	for i, w := range d.waiters {
-		if w == woken {
-			last := len(d.waiters) - 1
-			d.waiters[i], d.waiters[last] = d.waiters[last], nil
-			d.waiters = d.waiters[:last]
-			break
-		}
 	}
 }

@@ -159,10 +159,10 @@ func TestStall(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var mu sync.Mutex
 		var who []string
-		d := Config{StallAfter: time.Second, OnStall: func(p string, inside time.Duration) {
+		d := Config{StallAfter: time.Second, OnStall: func(s Stall) {
 			mu.Lock()
 			defer mu.Unlock()
-			who = append(who, fmt.Sprint(p, " ", inside >= time.Second))
+			who = append(who, fmt.Sprint(s.Participant, " ", s.Inside >= time.Second))
 		}}.NewDomain()
 		p := d.Register("sleeper")
 		p.Enter()
