@@ -1,6 +1,9 @@
 package conn
 
 import (
+	"context"
+	"encoding/binary"
+	"strconv"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -145,4 +148,131 @@ func TestLostRTU(t *testing.T) {
 			t.Errorf("%d RTUs, want %d", n, lost+1)
 		}
 	})
+}
+
+// TestAnswersOfKernels: what a kernel may say to a REQ beside the usual.
+func TestAnswersOfKernels(t *testing.T) {
+	for name, priv := range map[string]func(k *kernelPeer) []byte{
+		// CM pads with zeros: a REP without RDS' part (rds-protocol spec Q7).
+		"nothing": func(k *kernelPeer) []byte { return nil },
+		// A peer of 4.1, which is not RDS over IB as we know it but negotiates down to this (3.3).
+		"version 4.1": func(k *kernelPeer) []byte {
+			b := k.priv(addrB)
+			b[8], b[9] = 4, 1
+			return b
+		},
+		"credits": func(k *kernelPeer) []byte {
+			b := k.priv(addrB)
+			b[27] = 100
+			return b
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			scripted(t, func(t *testing.T, net *simnet.Net, i *host, k *kernelPeer) {
+				if err := i.conn(addrA).Send(nil, 1, 2, []byte("hello")); err != nil {
+					t.Fatal(err)
+				}
+				r := k.wantREQ("I connects")
+				k.newQP()
+				p := kernelParam
+				p.PrivateData = priv(k)
+				ep, err := r.Accept(context.Background(), k.qp, p, k.postRecvs)
+				k.must(err)
+				k.ep = ep
+				close(r.done)
+				k.wantMap("map")
+				if s := k.want("the message"); string(s.data[48:]) != "hello" {
+					t.Errorf("message %x", s.data)
+				}
+				if info := i.m.Snapshot(); len(info) != 1 || !info[0].PeerIsKernel || info[0].State != Up {
+					t.Errorf("%+v", info)
+				}
+			})
+		})
+	}
+	// 1: it has just dropped a connection, or has a REQ of its own on its way. -95: its device is gone (rxe deleted under
+	// it). Neither is for ever.
+	for _, code := range []int32{1, -95, 0} {
+		t.Run("reject "+strconv.Itoa(int(code)), func(t *testing.T) {
+			scripted(t, func(t *testing.T, net *simnet.Net, i *host, k *kernelPeer) {
+				if err := i.conn(addrA).Send(nil, 1, 2, []byte("hello")); err != nil {
+					t.Fatal(err)
+				}
+				for range 20 {
+					r := k.wantREQ("again")
+					k.must(r.Reject(binary.LittleEndian.AppendUint32(nil, uint32(code))))
+					close(r.done)
+				}
+				start := time.Now()
+				k.accept(k.wantREQ("and again"), false)
+				k.wantMap("map")
+				k.want("the message")
+				if d := time.Since(start); d > 2*time.Second {
+					t.Errorf("the next attempt after %v", d)
+				}
+			})
+		})
+	}
+}
+
+// TestDuelWithKernel: a kernel with a REQ of its own on the way rejects ours with 1, and its REQ brings the connection up: ours
+// keeps out of its way.
+func TestDuelWithKernel(t *testing.T) {
+	scripted(t, func(t *testing.T, net *simnet.Net, i *host, k *kernelPeer) {
+		tap := tapCM(net)
+		if err := i.conn(addrA).Send(nil, 1, 2, []byte("hello")); err != nil {
+			t.Fatal(err)
+		}
+		k.reject(k.wantREQ("I connects"))
+		start := time.Now()
+		for k.connect(addrB, k.priv(addrB)) != nil {
+			if time.Since(start) > 5*time.Second {
+				t.Fatal("the kernel's REQ is never taken")
+			}
+		}
+		k.wantMap("map")
+		k.want("the message")
+		if d := time.Since(start); d > 200*time.Millisecond {
+			t.Errorf("the duel takes %v", d)
+		}
+		time.Sleep(time.Second)
+		if n := tap.count(addrB, cm.AttrREQ); n != 1 {
+			t.Errorf("%d REQs of ours, want 1", n)
+		}
+		if i.conn(addrA).State() != Up {
+			t.Error("not up")
+		}
+	})
+}
+
+// TestShortSendOfKernel: a SEND that is shorter than its header says ends the connection. A kernel takes it, and shows its
+// application what the buffer held before (rds-protocol spec X12).
+func TestShortSendOfKernel(t *testing.T) {
+	for name, send := range map[string][]byte{
+		"no payload":              header(1, 0, 100, 9, 10, 2),
+		"one byte short":          append(header(1, 0, 4096, 9, 10, 2), make([]byte, 4095)...),
+		"a short first fragment":  append(header(1, 0, 5000, 9, 10, 2), make([]byte, 4000)...),
+		"a short header":          header(1, 0, 0, 9, 10, 2)[:47],
+		"more than the header":    append(header(1, 0, 3, 9, 10, 2), "abcd"...),
+		"half a congestion map":   append(header(0, 0, 4096, 0, 0, 1), make([]byte, 4096)...),
+		"fragment of one message": append(header(1, 0, 1<<20+1, 9, 10, 2), make([]byte, 4096)...),
+	} {
+		t.Run(name, func(t *testing.T) {
+			scripted(t, func(t *testing.T, net *simnet.Net, i *host, k *kernelPeer) {
+				k.up(i)
+				k.write(send)
+				if name == "half a congestion map" { // counted and ignored
+					time.Sleep(time.Second)
+					if s := i.m.Stats(); s.RecvMapBadLength != 1 {
+						t.Errorf("%d maps of a wrong length", s.RecvMapBadLength)
+					}
+					return
+				}
+				k.wantGone(name)
+				if i.sink.len() != 0 {
+					t.Error("delivered")
+				}
+			})
+		})
+	}
 }
