@@ -70,6 +70,7 @@ type item struct {
 	gone  atomic.Uint64 // the generation whose key the peer has invalidated
 
 	dones []func(error) // of generations that failed; under pool.mu
+	lives int           // how often nothing was left that could touch its memory; under pool.mu, or by the owner
 	tries int           // of recovery
 
 	debug

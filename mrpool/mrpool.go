@@ -78,8 +78,11 @@ type Pools struct {
 	strayWCs     atomic.Uint64
 	closed       atomic.Bool
 
-	scratch []byte // one page nobody has rights to: what a nudge maps
-	pin     runtime.Pinner
+	scratch struct { // what a nudge maps: made for the first, pinned until Close
+		sync.Mutex
+		page [][]byte
+		pin  runtime.Pinner
+	}
 
 	mu    sync.Mutex
 	qps   map[*QP]struct{}
@@ -133,10 +136,6 @@ func New(cfg Config) (*Pools, error) {
 			ps.cfg.MaxPinned = int64(a.MaxMRBytes)
 		}
 	}
-	b := make([]byte, 2*verbs.PageSize)
-	off := -uintptr(unsafe.Pointer(&b[0])) & (verbs.PageSize - 1)
-	ps.scratch = b[off : off+verbs.PageSize]
-	ps.pin.Pin(&ps.scratch[0])
 	return ps, nil
 }
 
@@ -177,6 +176,19 @@ func (ps *Pools) queues() []*QP {
 	return qs
 }
 
+// scratchPage is one page of memory that matters to nobody.
+func (ps *Pools) scratchPage() [][]byte {
+	ps.scratch.Lock()
+	defer ps.scratch.Unlock()
+	if ps.scratch.page == nil {
+		b := make([]byte, 2*verbs.PageSize)
+		off := -uintptr(unsafe.Pointer(&b[0])) & (verbs.PageSize - 1)
+		ps.scratch.page = [][]byte{b[off : off+verbs.PageSize : off+verbs.PageSize]}
+		ps.scratch.pin.Pin(&b[0])
+	}
+	return ps.scratch.page
+}
+
 // Register registers one contiguous piece of memory for no queue pair in particular. mem is memory outside the Go
 // heap, or pinned by the caller until it was given back and that was proven. It may be of any length that the bound on
 // pinned bytes allows. At a bound it starts a flush and waits, at most Config.MaxWait; then the error matches
@@ -208,22 +220,33 @@ func (ps *Pools) register(s shape, r *Request) (Mapping, error) {
 	}
 	it, err := p.acquire(byRegistration)
 	if err != nil {
-		p.unpin(bytes)
+		p.unpinQuietly(bytes)
 		return Mapping{}, err
 	}
 	if _, err := ps.ways[byRegistration].begin(nil, it, r, nil, nil); err != nil {
-		p.unpin(bytes)
+		p.unpinQuietly(bytes)
 		p.putEmpty(it)
 		p.stats.allocErrors.Inc()
 		return Mapping{}, fmt.Errorf("memory region pool %s: %w", p.name, err)
 	}
+	p.stats.alloc.Inc()
 	return p.mapped(it, nil, s, r), nil
+}
+
+// attempt is one try to map by somebody who does not wait. What it held for a moment may be what somebody who does
+// has just missed.
+func (ps *Pools) attempt(try func() (Mapping, error)) (Mapping, error) {
+	m, err := try()
+	if err != nil {
+		ps.room.open()
+	}
+	return m, err
 }
 
 // wait calls try until it does not meet a bound, at most MaxWait long.
 func (ps *Pools) wait(ctx context.Context, p *pool, try func() (Mapping, error)) (Mapping, error) {
-	m, err := try()
-	if !errors.Is(err, ErrPoolExhausted) && !errors.Is(err, ErrQueueFull) {
+	m, err := ps.attempt(try)
+	if !atBound(err) {
 		return m, err
 	}
 	p.stats.waits.Inc()
@@ -233,7 +256,12 @@ func (ps *Pools) wait(ctx context.Context, p *pool, try func() (Mapping, error))
 	defer ps.room.depart()
 	for {
 		opened := ps.room.next() // before the try: what is given back after it is noticed
-		if m, err = try(); !errors.Is(err, ErrPoolExhausted) && !errors.Is(err, ErrQueueFull) {
+		// One after the other: were they to take from each other for a moment, and to tell each other so, they would never
+		// sleep.
+		ps.room.turn.Lock()
+		m, err = try()
+		ps.room.turn.Unlock()
+		if !atBound(err) {
 			return m, err
 		}
 		select {
@@ -244,6 +272,10 @@ func (ps *Pools) wait(ctx context.Context, p *pool, try func() (Mapping, error))
 			return Mapping{}, ctx.Err()
 		}
 	}
+}
+
+func atBound(err error) bool {
+	return err != nil && (errors.Is(err, ErrPoolExhausted) || errors.Is(err, ErrQueueFull))
 }
 
 // Flush invalidates and unpins everything that was freed before the call, and returns when that has been tried; a region
@@ -287,7 +319,7 @@ func (ps *Pools) Close() error {
 	ps.closing.Lock()
 	defer ps.closing.Unlock()
 	// 1. Nothing new.
-	ps.closed.Store(true)
+	first := !ps.closed.Swap(true)
 	ps.room.open()
 	// 2. Recovery first: a flush may leave regions to it, and it would allocate what step 5 destroys.
 	for _, p := range ps.pools() {
@@ -309,7 +341,7 @@ func (ps *Pools) Close() error {
 	// 5. The flush, inline: regions over which there are windows come last.
 	for _, k := range closeOrder {
 		for _, p := range ps.pools() {
-			errs = append(errs, p.closeKind(k)...)
+			errs = append(errs, p.closeKind(k, first)...)
 		}
 	}
 	for _, p := range ps.pools() {
@@ -331,15 +363,19 @@ func (ps *Pools) Close() error {
 			}
 		}
 	}
-	ps.pin.Unpin()
+	ps.scratch.Lock()
+	ps.scratch.page = nil
+	ps.scratch.pin.Unpin()
+	ps.scratch.Unlock()
 	return errors.Join(errs...)
 }
 
 // closeOrder is the order in which regions can be destroyed: windows before what they are over.
 var closeOrder = [numKinds]kind{byFastReg, byWindow, byRegistration}
 
-// closeKind destroys what the pool has of one kind, wherever it is: the workers are cancelled and the queues closed.
-func (p *pool) closeKind(k kind) (errs []error) {
+// closeKind destroys what the pool has of one kind, wherever it is: the workers are cancelled and the queues closed. audit
+// names what owners have not given back.
+func (p *pool) closeKind(k kind, audit bool) (errs []error) {
 	p.mu.Lock()
 	n := p.items
 	p.mu.Unlock()
@@ -349,8 +385,10 @@ func (p *pool) closeKind(k kind) (errs []error) {
 			continue
 		}
 		gen, s := it.load()
-		if s == stMapped && it.move(gen, stMapped, stLost) {
+		if audit && (s == stMapped || s == stLost || s == stDead) {
 			errs = append(errs, fmt.Errorf("memory region pool %s: key %#x is mapped%s", p.name, it.key.Load(), it.where()))
+		}
+		if s == stMapped && it.move(gen, stMapped, stLost) {
 			s = stLost
 		}
 		if it.mr == nil && it.mw == nil {
@@ -408,6 +446,7 @@ func (s *Stats) Each(fn func(name string, value uint64)) {
 // gate lets callers wait for something to be given back, at the price of one load to those who give.
 type gate struct {
 	waiting atomic.Int32
+	turn    sync.Mutex // whose try it is
 	mu      sync.Mutex
 	c       chan struct{}
 }

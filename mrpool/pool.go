@@ -30,6 +30,7 @@ type pool struct {
 
 	mu    sync.Mutex // guards growing, item.dones, and lost against given back
 	items int        // made so far
+	stuck []*QP      // queues that refused an invalidation: the recovery worker tries again
 
 	pinned     atomic.Int64 // bytes
 	dirtyItems atomic.Int64
@@ -106,7 +107,9 @@ func (p *pool) acquire(k kind) (*item, error) {
 		return nil, fmt.Errorf("memory region pool %s: %w", p.name, err)
 	}
 	it.kind = k
-	p.stats.alloc.Inc()
+	if k != byRegistration { // whose object is made by the mapping
+		p.stats.alloc.Inc()
+	}
 	gen, _ := it.load()
 	it.set(gen, stFree)
 	return it, nil
@@ -168,12 +171,18 @@ func (p *pool) pin(n int64) error {
 	return nil
 }
 
+// unpin gives n bytes back.
 func (p *pool) unpin(n int64) {
 	if n != 0 {
-		p.pinned.Sub(n)
-		p.ps.pinned.Sub(n)
+		p.unpinQuietly(n)
 		p.ps.room.open()
 	}
+}
+
+// unpinQuietly is unpin by a request that failed, whose caller opens the gate unless it waits there itself.
+func (p *pool) unpinQuietly(n int64) {
+	p.pinned.Sub(n)
+	p.ps.pinned.Sub(n)
 }
 
 // setAside leaves a region that was given back to the flush worker, which is started if prompt or at a threshold.
@@ -216,6 +225,7 @@ func (p *pool) settle(it *item, err error) {
 	p.mu.Lock()
 	dones := it.dones
 	it.dones = nil
+	it.lives++
 	p.mu.Unlock()
 	for _, f := range dones {
 		f(err)

@@ -62,6 +62,7 @@ type op struct {
 	done   func(error)
 	over   *item
 	batch  *batch
+	lives  int // item.lives
 }
 
 // QP is a queue pair that memory is mapped on: the record of the requests outstanding there, and the regions that
@@ -124,22 +125,26 @@ func (q *QP) Map(r Request) (Mapping, error) {
 	if err != nil {
 		return Mapping{}, err
 	}
-	if s.kind == byRegistration {
-		return q.ps.register(s, &r)
+	m, err := q.mapAs(s, &r)
+	if err != nil {
+		q.ps.room.open() // see Pools.attempt
 	}
-	return q.mapAs(s, &r)
+	return m, err
 }
 
 // MapWait is Map that waits at a bound for something to be given back, at most Config.MaxWait. May wait.
 func (q *QP) MapWait(ctx context.Context, r Request) (Mapping, error) {
-	p := q.ps.small
-	if s, err := q.ps.shapeOf(&r, true); err == nil {
-		p = s.pool
+	s, err := q.ps.shapeOf(&r, true)
+	if err != nil {
+		return Mapping{}, err
 	}
-	return q.ps.wait(ctx, p, func() (Mapping, error) { return q.Map(r) })
+	return q.ps.wait(ctx, s.pool, func() (Mapping, error) { return q.mapAs(s, &r) })
 }
 
 func (q *QP) mapAs(s shape, r *Request) (Mapping, error) {
+	if s.kind == byRegistration {
+		return q.ps.register(s, r)
+	}
 	p := s.pool
 	bytes := int64(s.pages) * verbs.PageSize
 	if err := p.pin(bytes); err != nil {
@@ -149,7 +154,7 @@ func (q *QP) mapAs(s shape, r *Request) (Mapping, error) {
 	m, err := q.mapPosting(s, r)
 	q.post.Unlock()
 	if err != nil {
-		p.unpin(bytes)
+		p.unpinQuietly(bytes)
 	}
 	q.pump()
 	return m, err
@@ -158,8 +163,8 @@ func (q *QP) mapAs(s shape, r *Request) (Mapping, error) {
 // mapPosting is Map by who has the right to post.
 func (q *QP) mapPosting(s shape, r *Request) (Mapping, error) {
 	p := s.pool
-	if q.queued.Load() > 0 {
-		q.postPending() // they came first
+	if q.queued.Load() > 0 && !q.postPending() { // they came first
+		q.stuck()
 	}
 	q.mu.Lock()
 	if q.broken {
@@ -346,10 +351,32 @@ func (q *QP) lost() bool {
 
 // pump posts the invalidations that are pending, as far as there is room, unless somebody is posting, who then does it.
 func (q *QP) pump() {
-	for q.ready() && q.post.TryLock() {
-		q.postPending()
-		q.post.Unlock() // and look again: who tried in vain meanwhile has gone
+	if !q.tryPump() {
+		q.stuck()
 	}
+}
+
+// tryPump is pump for who tries again. It reports false if the queue refused.
+func (q *QP) tryPump() bool {
+	for q.ready() && q.post.TryLock() {
+		ok := q.postPending()
+		q.post.Unlock() // and look again: who tried in vain meanwhile has gone
+		if !ok {
+			return false
+		}
+	}
+	return true
+}
+
+// stuck has the recovery worker try again.
+func (q *QP) stuck() {
+	p := q.ps.small
+	p.mu.Lock()
+	if !slices.Contains(p.stuck, q) {
+		p.stuck = append(p.stuck, q)
+	}
+	p.mu.Unlock()
+	p.recovery.kick()
 }
 
 // ready reports whether there is an invalidation to be posted, and room.
@@ -362,15 +389,16 @@ func (q *QP) ready() bool {
 	return len(q.pending) > 0 && q.tail-q.head < q.limit
 }
 
-// postPending is pump by who has the right to post.
-func (q *QP) postPending() {
+// postPending is pump by who has the right to post. It reports whether the queue took what it was given; what it
+// refused stays pending.
+func (q *QP) postPending() bool {
 	for {
 		q.mu.Lock()
 		n := q.fillLocked()
 		first := q.tail - uint32(n)
 		q.mu.Unlock()
 		if n == 0 {
-			return
+			return true
 		}
 		q.filled.Store(first + uint32(n))
 		got, err := q.qp.PostSend(q.wrs[:n])
@@ -378,26 +406,35 @@ func (q *QP) postPending() {
 		if err == nil {
 			continue
 		}
-		// Whatever the reason: recovery ends these keys without a queue.
+		// Recovery could end these keys without the queue. But earlier requests for the same regions may be in it, and
+		// fail then, and the queue with them. So recovery has it try again until it is lost.
 		q.unsignaled = q.interval
-		var doomed [postBatch]*item
 		q.mu.Lock()
+		var back [postBatch]*item
 		for i := n; i > got; i-- {
 			q.tail--
 			o := &q.ring[q.tail&uint32(len(q.ring)-1)]
-			it := o.it
 			if o.batch == nil {
-				q.own[it.pool.class][it.kind].popLast()
+				q.own[o.it.pool.class][o.it.kind].popLast()
 			}
 			o.restore()
-			doomed[i-1] = it
+			back[i-1] = o.it
 			*o = op{}
 		}
 		q.filled.Store(q.tail)
-		q.mu.Unlock()
-		for _, it := range doomed[got:n] {
-			it.pool.doom(it)
+		broken := q.broken
+		if !broken {
+			q.pending = slices.Insert(q.pending, 0, back[got:n]...)
+			q.queued.Store(int32(len(q.pending)))
 		}
+		q.mu.Unlock()
+		if broken {
+			for _, it := range back[got:n] {
+				it.pool.doom(it)
+			}
+			return false
+		}
+		return false
 	}
 }
 
@@ -415,7 +452,7 @@ func (q *QP) fillLocked() int {
 		seq := q.tail
 		q.tail++
 		o := &q.ring[seq&mask]
-		*o = op{id: wrID(it, gen, true, seq), it: it, gen: gen, inv: true, pinned: it.pinned, done: it.done, over: it.over, batch: it.batch}
+		*o = op{id: wrID(it, gen, true, seq), it: it, gen: gen, inv: true, pinned: it.pinned, done: it.done, over: it.over, batch: it.batch, lives: it.lives}
 		it.pinned, it.done, it.over, it.batch = 0, nil, nil, nil
 		it.invSeq = seq
 		if o.batch == nil {
@@ -577,6 +614,7 @@ func (q *QP) act(s *settled) {
 // will. The queue pair is lost.
 func (q *QP) fail(end uint32) {
 	var lost, doomed []*item
+	var tells []func(error)
 	q.mu.Lock()
 	first := !q.broken
 	q.broken = true
@@ -603,10 +641,9 @@ func (q *QP) fail(end uint32) {
 			o.restore()
 			doomed = append(doomed, it)
 		default:
-			// Used again, by a request that fails too or was not posted: recovery gets it then, and tells this owner as well.
+			// Used again, by a request that fails too or was not posted: recovery gets the region then, or had it already.
 			n, over, done := o.pinned, o.over, o.done
-			p.mu.Lock()
-			it.dones = append(it.dones, func(err error) {
+			tell := func(err error) {
 				p.unpin(n)
 				if over != nil {
 					over.unuse()
@@ -614,7 +651,13 @@ func (q *QP) fail(end uint32) {
 				if done != nil {
 					done(err)
 				}
-			})
+			}
+			p.mu.Lock()
+			if it.lives == o.lives {
+				it.dones = append(it.dones, tell)
+			} else {
+				tells = append(tells, tell)
+			}
 			p.mu.Unlock()
 		}
 		*o = op{}
@@ -631,6 +674,9 @@ func (q *QP) fail(end uint32) {
 	}
 	for _, it := range doomed {
 		it.pool.doom(it)
+	}
+	for _, tell := range tells {
+		tell(nil)
 	}
 	if first {
 		for _, p := range q.ps.pools() {
@@ -650,8 +696,7 @@ func (q *QP) nudge(p *pool) {
 	var m Mapping
 	var err error
 	if need {
-		segs := [1][]byte{q.ps.scratch}
-		m, err = q.mapPosting(shape{kind: byFastReg, pool: p, bytes: verbs.PageSize}, &Request{Segs: segs[:]})
+		m, err = q.mapPosting(shape{kind: byFastReg, pool: p, bytes: verbs.PageSize}, &Request{Segs: q.ps.scratchPage()})
 	}
 	q.post.Unlock()
 	if need && err == nil {

@@ -1,6 +1,9 @@
 package mrpool
 
-import "time"
+import (
+	"slices"
+	"time"
+)
 
 const (
 	// recoverFirst and recoverMost bound the pause between attempts. Deregistration waits by itself, so an attempt that
@@ -11,11 +14,19 @@ const (
 	recoverTries = 8
 )
 
-// recoveryRound replaces stale regions, with a pause that grows while some cannot be.
+// recoveryRound replaces stale regions, and has queues try again that refused an invalidation, with a pause that grows while some cannot be.
 func (p *pool) recoveryRound(stop <-chan struct{}) {
 	pause := recoverFirst
 	var left []*item
+	var stuck []*QP
 	for {
+		p.mu.Lock()
+		stuck = append(stuck, p.stuck...)
+		p.stuck = nil
+		p.mu.Unlock()
+		stuck = slices.DeleteFunc(stuck, func(q *QP) bool {
+			return q.tryPump() || !q.ready() // done, or lost, or it waits for completions
+		})
 		left = append(left, p.stale.popAll(p)...)
 		keep := left[:0]
 		for i, it := range left {
@@ -32,7 +43,7 @@ func (p *pool) recoveryRound(stop <-chan struct{}) {
 				keep = append(keep, it)
 			}
 		}
-		if left = keep; len(left) == 0 {
+		if left = keep; len(left) == 0 && len(stuck) == 0 {
 			return
 		}
 		t := time.NewTimer(pause)
