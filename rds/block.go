@@ -39,6 +39,7 @@ type recKind uint8
 const (
 	recInline recKind = iota
 	recExt
+	recCookie // recInline with a cookie before the payload
 )
 
 type block struct {
@@ -97,7 +98,7 @@ func (b *block) head() record { return b.at(b.r) }
 // at is the record that starts at offset i.
 func (b *block) at(i int) record {
 	h := b.buf[i : i+recHeader]
-	return record{
+	r := record{
 		length: int(binary.NativeEndian.Uint32(h[0:])),
 		peer:   binary.NativeEndian.Uint32(h[4:]),
 		port:   binary.NativeEndian.Uint16(h[8:]),
@@ -106,15 +107,44 @@ func (b *block) at(i int) record {
 		seq:    binary.NativeEndian.Uint32(h[12:]),
 		off:    i + recHeader,
 	}
+	if r.kind == recCookie {
+		r.off += cookieLen
+	}
+	return r
+}
+
+// size is what the record takes in its block.
+func (r record) size() int {
+	switch r.kind {
+	case recInline:
+		return recSize(r.length)
+	case recCookie:
+		return recSize(cookieLen + r.length)
+	}
+	return recSize(0)
+}
+
+// cookieLen is the length of a cookie in a record.
+const cookieLen = 8
+
+// putCookie is put for a datagram with a cookie.
+func (b *block) putCookie(m *conn.Incoming, from source32) []byte {
+	p := b.put(m, from, recCookie, cookieLen+m.Len)
+	binary.NativeEndian.PutUint64(p, m.Ext.Cookie)
+	return p[cookieLen:]
+}
+
+// cookie is that of a recCookie.
+func (b *block) cookie(r record) Cookie {
+	return Cookie(binary.NativeEndian.Uint64(b.buf[r.off-cookieLen:]))
 }
 
 // take consumes r, which head returned, and gives its extMsg if it has one.
 func (b *block) take(r record) *extMsg {
-	if r.kind == recInline {
-		b.r += recSize(r.length)
+	b.r += r.size()
+	if r.kind != recExt {
 		return nil
 	}
-	b.r += recSize(0)
 	x := b.ext[b.extR]
 	b.ext[b.extR] = nil
 	b.extR++
@@ -169,7 +199,8 @@ type piece struct {
 // extMsg is a datagram that is not packed into a block. Whoever took it from the queue releases it.
 type extMsg struct {
 	pieces []piece
-	pinned int64         // what it counts in *owner
+	pinned int64 // what it counts in *owner
+	cookie Cookie
 	owner  *atomic.Int64 // bytes of receive buffers that the queue or its loans keep
 }
 
@@ -193,7 +224,7 @@ func (a *arena) putExt(x *extMsg) {
 	if x.pinned != 0 {
 		x.owner.Add(-x.pinned)
 	}
-	x.pinned, x.owner = 0, nil
+	x.pinned, x.owner, x.cookie = 0, nil, 0
 	a.exts.Put(x)
 }
 

@@ -130,6 +130,7 @@ func (svc *Service) deliver(p *peer, tos uint8, msgs []conn.Incoming, limit int6
 		r     *run // the current one, whose queue is locked; nil if none
 		total int64
 		n     int
+		used  []usedKey // told when no queue is locked
 	)
 	for ; n < len(msgs); n++ {
 		m := &msgs[n]
@@ -155,6 +156,9 @@ func (svc *Service) deliver(p *peer, tos uint8, msgs []conn.Incoming, limit int6
 			break
 		}
 		q.pushLocked(from, m)
+		if m.Ext != nil && m.Ext.HasUsed {
+			used = append(used, usedKey{r.s, uint32(m.Ext.Used)})
+		}
 		total += charge
 		r.msgs++
 		r.bytes += int64(m.Len)
@@ -164,7 +168,16 @@ func (svc *Service) deliver(p *peer, tos uint8, msgs []conn.Incoming, limit int6
 		p.queued.Add(total)
 	}
 	batch.end()
+	for _, u := range used {
+		u.s.used(p.remote, u.rkey)
+	}
 	return n
+}
+
+// usedKey is the key of a region of s that a peer says it has used.
+type usedKey struct {
+	s    *Socket
+	rkey uint32
 }
 
 // deliverUnbound holds m or drops it. If the port was bound at this very moment it returns the

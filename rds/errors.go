@@ -49,6 +49,14 @@ var (
 	ErrMisaligned error = &condition{"atomic operand of wrong size or alignment", syscall.EFAULT}
 )
 
+// What an operation may end with (Completion.Err). The kernel has statuses for these, not errors.
+var (
+	ErrRemoteAccess = errors.New("remote access error")
+	ErrCancelled    = errors.New("operation cancelled")
+	ErrDropped      = errors.New("operation dropped with its connection")
+	errOperation    = errors.New("operation failed")
+)
+
 // condition is a sentinel that also matches an errno.
 type condition struct {
 	text  string

@@ -104,6 +104,12 @@ func (tr *fakeTransport) Progress() bool {
 
 func (tr *fakeTransport) Park() {}
 
+func (tr *fakeTransport) Register(context.Context, netip.Addr, []byte, verbs.PagedMemory, uint64, verbs.Access) (*conn.Mapping, error) {
+	return nil, verbs.ErrNotSupported
+}
+
+func (tr *fakeTransport) FlushMemory(context.Context) error { return nil }
+
 func (tr *fakeTransport) Providers() []verbs.Provider              { return nil }
 func (tr *fakeTransport) Conns() []*conn.Conn                      { return nil }
 func (tr *fakeTransport) Stats() (conn.Stats, []ibdev.DeviceStats) { return conn.Stats{}, nil }
@@ -157,6 +163,15 @@ func (l *fakeLink) SendMsg(o conn.Owner, srcPort, dstPort uint16, payload []byte
 	}
 	return nil
 }
+
+func (l *fakeLink) SendExtra(o conn.Owner, srcPort, dstPort uint16, payload []byte, flags conn.SendFlags, _ conn.Extra) error {
+	return l.SendMsg(o, srcPort, dstPort, payload, flags)
+}
+
+func (l *fakeLink) Map([]byte, uint64, verbs.Access) (*conn.Mapping, error) {
+	return nil, conn.ErrNotUp
+}
+func (l *fakeLink) WaitUp(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
 
 func (l *fakeLink) Flush() {
 	l.tr.mu.Lock()

@@ -242,11 +242,7 @@ func (q *recvq) list(dst []MessageInfo, limit int, local Addr) []MessageInfo {
 				p := q.svc.peerAt(r.peer)
 				dst = append(dst, MessageInfo{Local: local, Remote: Addr{netip.AddrPortFrom(p.remote, r.port)},
 					TOS: r.tos, Seq: uint64(r.seq), Len: r.length})
-				if r.kind == recInline {
-					at += recSize(r.length)
-				} else {
-					at += recSize(0)
-				}
+				at += r.size()
 			}
 		}
 	}

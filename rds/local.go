@@ -1,7 +1,10 @@
 package rds
 
 import (
+	"context"
+
 	"github.com/openrds/openrds/conn"
+	"github.com/openrds/openrds/verbs"
 )
 
 // localLink carries datagrams between two addresses of one Service (which may be the same), in the caller's
@@ -28,8 +31,13 @@ func newLocalLink(p *peer, to *localAddr) *localLink {
 	return &localLink{from: p, back: to.peer(p.la.addr)}
 }
 
-func (l *localLink) SendMsg(o conn.Owner, srcPort, dstPort uint16, payload []byte, _ conn.SendFlags) error {
-	to, m := l.back, [1]conn.Incoming{{SrcPort: srcPort, DstPort: dstPort, Len: len(payload), First: conn.Frag{Data: payload}}}
+func (l *localLink) SendMsg(o conn.Owner, srcPort, dstPort uint16, payload []byte, flags conn.SendFlags) error {
+	l.deliver(o, srcPort, dstPort, payload, nil)
+	return nil
+}
+
+func (l *localLink) deliver(o conn.Owner, srcPort, dstPort uint16, payload []byte, x *conn.Ext) {
+	to, m := l.back, [1]conn.Incoming{{SrcPort: srcPort, DstPort: dstPort, Len: len(payload), First: conn.Frag{Data: payload}, Ext: x}}
 	if dstPort == PingPort {
 		// The stack answers, whatever the payload (rds-protocol spec 2.6).
 		to = l.from
@@ -40,8 +48,31 @@ func (l *localLink) SendMsg(o conn.Owner, srcPort, dstPort uint16, payload []byt
 	// for senders who do not.
 	to.la.svc.deliver(to, 0, m[:], maxInt64)
 	o.Released(1, len(payload))
+}
+
+// SendExtra executes the operation here and now: memory is copied.
+func (l *localLink) SendExtra(o conn.Owner, srcPort, dstPort uint16, payload []byte, _ conn.SendFlags, x conn.Extra) error {
+	if x.RDMA == nil {
+		l.deliver(o, srcPort, dstPort, payload, &conn.Ext{Cookie: x.Cookie})
+		return nil
+	}
+	op := x.RDMA.Owner.(*operation)
+	st := op.execute(l.back.la)
+	if st != conn.RDMASuccess || op.Silent && len(payload) == 0 {
+		o.Released(1, len(payload))
+	} else {
+		l.deliver(o, srcPort, dstPort, payload, &conn.Ext{Used: op.RKey, HasUsed: !op.what.Op.atomic()})
+	}
+	op.RDMADone(st)
 	return nil
 }
+
+// Map is not called: memory for a peer in this Service is registered as for any.
+func (l *localLink) Map([]byte, uint64, verbs.Access) (*conn.Mapping, error) {
+	return nil, verbs.ErrNotSupported
+}
+
+func (l *localLink) WaitUp(context.Context) error { return nil }
 
 func (l *localLink) Flush() {}
 

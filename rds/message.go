@@ -133,7 +133,11 @@ func (s *Socket) tryReceive() *Message {
 	r := b.head()
 	peer := s.svc.peerAt(r.peer)
 	m.sock, m.length, m.Peer = s, r.length, netip.AddrPortFrom(peer.remote, r.port)
+	if r.kind == recCookie {
+		m.Cookie = b.cookie(r)
+	}
 	if m.ext = b.take(r); m.ext != nil {
+		m.Cookie = m.ext.cookie
 		if len(m.ext.pieces) == 1 {
 			m.Data = m.ext.pieces[0].data
 		}
@@ -195,6 +199,7 @@ func (s *Socket) readErr() error {
 // reading is a read that found nothing.
 type reading struct {
 	s    *Socket
+	comp bool // of completions
 	spin spinner
 	w    *waiter
 }
@@ -217,13 +222,19 @@ func (r *reading) wait(ctx context.Context) error {
 	if r.w == nil {
 		r.w = s.waiters.get()
 	}
-	if !s.q.park(r.w) {
+	q := &s.q.readers
+	if r.comp {
+		q = &s.comp.readers
+		if !s.comp.park(r.w) {
+			return nil
+		}
+	} else if !s.q.park(r.w) {
 		return nil
 	}
 	if s.readErr() == nil {
 		r.spin.park(ctx, s.svc.tr, r.w)
 	}
-	s.q.readers.remove(r.w)
+	q.remove(r.w)
 	return nil
 }
 
@@ -233,9 +244,12 @@ func (r *reading) end(got bool) {
 	if r.w != nil {
 		s.waiters.put(r.w)
 	}
-	if got {
+	switch {
+	case got:
 		r.spin.done()
-	} else {
+	case r.comp:
+		s.comp.readers.wakeOne()
+	default:
 		s.q.readers.wakeOne()
 	}
 }

@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"sync"
+	"sync/atomic"
 )
 
 // CompletionStatus is the outcome of an operation; the values are the kernel's (RDS_CMSG_RDMA_STATUS, rds-protocol spec
@@ -41,11 +43,160 @@ type Completion struct {
 	Peer   netip.AddrPort // where the operation's datagram was to go
 }
 
-// ReadCompletion returns the oldest Completion of the socket's operations. It waits for one until the read deadline or
-// until ctx is done, whichever is first.
-func (s *Socket) ReadCompletion(ctx context.Context) (Completion, error) {
-	return Completion{}, s.opError("read", netip.AddrPort{}, ErrNotSupported)
+// Err is nil for success, otherwise the status as an error: ErrRemoteAccess, ErrCancelled, ErrDropped, or one that says no
+// more than that the operation failed.
+func (c *Completion) Err() error {
+	switch c.Status {
+	case StatusSuccess:
+		return nil
+	case StatusRemoteError:
+		return ErrRemoteAccess
+	case StatusCancelled:
+		return ErrCancelled
+	case StatusDropped:
+		return ErrDropped
+	}
+	return errOperation
 }
 
-// SetRecvErr chooses whether operations that did not ask for a Completion get one if they fail (RDS_RECVERR).
-func (s *Socket) SetRecvErr(on bool) {}
+// maxCompletions bounds the completions of a socket, promised and not read, to 4 MiB.
+const maxCompletions = 1 << 16
+
+// completions are those of a socket, in the order in which they came. A place is promised to each operation that asks to be
+// told, so none is ever lost.
+type completions struct {
+	mu       sync.Mutex
+	q        []Completion
+	r        int // q[:r] was read
+	promised int
+
+	n       atomic.Int32 // len(q)-r, for those who look without the lock
+	readers waitq
+}
+
+func (c *completions) fullLocked() bool { return len(c.q)-c.r+c.promised >= maxCompletions }
+
+// promise sets a place aside, if there is one.
+func (c *completions) promise() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.fullLocked() {
+		return false
+	}
+	c.promised++
+	return true
+}
+
+func (c *completions) breakPromise() {
+	c.mu.Lock()
+	c.promised--
+	c.mu.Unlock()
+}
+
+// keep enters a completion that was promised.
+func (c *completions) keep(what Completion) {
+	c.mu.Lock()
+	c.promised--
+	c.addLocked(what)
+	c.mu.Unlock()
+	c.readers.wakeOne()
+}
+
+// add enters one that was not, if there is room.
+func (c *completions) add(what Completion) bool {
+	c.mu.Lock()
+	ok := !c.fullLocked()
+	if ok {
+		c.addLocked(what)
+	}
+	c.mu.Unlock()
+	if ok {
+		c.readers.wakeOne()
+	}
+	return ok
+}
+
+func (c *completions) addLocked(what Completion) {
+	if c.r > len(c.q)/2 {
+		c.q = c.q[:copy(c.q, c.q[c.r:])]
+		c.r = 0
+	}
+	c.q = append(c.q, what)
+	c.n.Add(1)
+}
+
+// take is the oldest completion.
+func (c *completions) take() (what Completion, ok bool) {
+	if c.n.Load() == 0 {
+		return what, false
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.r == len(c.q) {
+		return what, false
+	}
+	what = c.q[c.r]
+	c.r++
+	c.n.Add(-1)
+	if c.r == len(c.q) {
+		c.q, c.r = c.q[:0], 0
+		if cap(c.q) > 64 {
+			c.q = nil
+		}
+	}
+	if c.n.Load() > 0 {
+		c.readers.wakeOne()
+	}
+	return what, true
+}
+
+// park enters w unless there is something to read.
+func (c *completions) park(w *waiter) bool {
+	c.readers.add(w)
+	if c.n.Load() > 0 {
+		c.readers.remove(w)
+		return false
+	}
+	return true
+}
+
+// ReadCompletion returns the oldest Completion of the socket's operations (RDS_CMSG_RDMA_STATUS). It waits for one until the
+// read deadline or until ctx is done, whichever is first; one that is here already beats a done ctx. Completions come in
+// the order in which the operations of a connection end.
+//
+// An operation that asked for a Completion and whose Completion was not read counts: with 65536 of them further ones fail with
+// ErrNoBufferSpace.
+func (s *Socket) ReadCompletion(ctx context.Context) (Completion, error) {
+	var (
+		what Completion
+		ok   bool
+		err  error
+	)
+	rd := reading{s: s, spin: spinner{hint: &s.readHint}, comp: true}
+	for {
+		if err = s.readErr(); err != nil {
+			break
+		}
+		if what, ok = s.comp.take(); ok {
+			break
+		}
+		if err = rd.wait(ctx); err != nil {
+			break
+		}
+	}
+	rd.end(ok)
+	if err != nil {
+		return what, s.opError("read", netip.AddrPort{}, err)
+	}
+	return what, nil
+}
+
+// TryReadCompletion is ReadCompletion that never waits: it reports false if there is none.
+func (s *Socket) TryReadCompletion() (Completion, bool) { return s.comp.take() }
+
+// SetRecvErr chooses whether operations that did not ask for a Completion get one if they fail (RDS_RECVERR). It is
+// dropped, and counted, if there is no room for it.
+func (s *Socket) SetRecvErr(on bool) { s.recvErr.Store(on) }
+
+// RecvErr is what SetRecvErr has set.
+func (s *Socket) RecvErr() bool { return s.recvErr.Load() }

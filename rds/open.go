@@ -65,6 +65,15 @@ func (st *stack) Get(local, remote netip.Addr, tos uint8) (link, error) {
 	return c, nil
 }
 
+func (st *stack) Register(ctx context.Context, local netip.Addr, mem []byte, paged verbs.PagedMemory, iova uint64, access verbs.Access) (*conn.Mapping, error) {
+	if paged != nil {
+		return st.mgr.RegisterPaged(ctx, local, paged, iova, access)
+	}
+	return st.mgr.Register(ctx, local, mem, iova, access)
+}
+
+func (st *stack) FlushMemory(ctx context.Context) error { return st.mgr.FlushMemory(ctx) }
+
 func (st *stack) SetCongested(local netip.Addr, port uint16, on bool) {
 	st.mgr.SetCongested(local, port, on)
 }

@@ -15,7 +15,8 @@ type localAddr struct {
 	opened chan struct{} // closed when openErr is set
 	err    error         // of opening it
 
-	ports portTable
+	ports   portTable
+	regions regions
 
 	mu   sync.Mutex // binds and holds; ports change under it
 	hold holding    // guarded by mu

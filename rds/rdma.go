@@ -1,6 +1,16 @@
 package rds
 
-import "fmt"
+import (
+	"encoding/binary"
+	"fmt"
+	"math"
+	"net/netip"
+	"sync/atomic"
+	"unsafe"
+
+	"github.com/openrds/openrds/conn"
+	"github.com/openrds/openrds/verbs"
+)
 
 // MaxRDMASize is how many bytes an operation moves at most, and how long a region is (rds-protocol spec 1.1).
 const MaxRDMASize = 1 << 20
@@ -62,4 +72,204 @@ type Piece struct {
 	Region *Region
 	Offset int
 	Length int
+}
+
+// remoteAddr is the address of the operation in the space of the remote key.
+func (r *RDMA) remoteAddr() uint64 { return uint64(r.Remote.Offset()) + r.RemoteOffset }
+
+// opcode is the operation in the words of verbs, 0 if there is no word.
+func (o RDMAOp) opcode() verbs.SendOpcode {
+	switch o {
+	case RDMARead:
+		return verbs.OpRead
+	case RDMAWrite:
+		return verbs.OpWrite
+	case CompareSwap:
+		return verbs.OpCompareSwap
+	case FetchAdd:
+		return verbs.OpFetchAdd
+	}
+	return 0
+}
+
+func (o RDMAOp) atomic() bool { return o > RDMAWrite }
+
+// operation is an RDMA on its way.
+type operation struct {
+	conn.RDMA
+	s      *Socket
+	what   Completion // but for the status
+	notify bool       // a Completion was promised
+	local  []Piece    // each holds its region
+}
+
+// operation checks r, and holds its regions. The order of the checks is the kernel's (rds-protocol spec 1.4, 3.9).
+func (s *Socket) operation(r *RDMA, to netip.AddrPort) (*operation, error) {
+	code := r.Op.opcode()
+	total := 0
+	for i := range r.Local {
+		p := &r.Local[i]
+		switch {
+		case p.Region == nil:
+			return nil, fmt.Errorf("%w: piece %d of no region", ErrInvalid, i)
+		case p.Length <= 0 || p.Offset < 0 || p.Offset > p.Region.Len() || p.Length > p.Region.Len()-p.Offset:
+			return nil, fmt.Errorf("%w: piece %d of %d bytes from %d on, region of %d", ErrInvalid, i, p.Length, p.Offset, p.Region.Len())
+		}
+		if total += p.Length; total > MaxRDMASize {
+			return nil, fmt.Errorf("%w: operation on more than %d bytes", ErrRegionTooLarge, MaxRDMASize)
+		}
+	}
+	switch {
+	case r.Op == MaskedCompareSwap || r.Op == MaskedFetchAdd:
+		return nil, fmt.Errorf("%w: %v", ErrNotSupported, r.Op)
+	case code == 0:
+		return nil, fmt.Errorf("%w: operation %d", ErrInvalid, r.Op)
+	case len(r.Local) == 0:
+		return nil, fmt.Errorf("%w: no local memory", ErrInvalid)
+	case len(r.Local) > conn.MaxRDMAPieces:
+		return nil, fmt.Errorf("%w: operation on %d pieces", ErrRegionTooLarge, len(r.Local))
+	case r.RemoteOffset > math.MaxUint32 || r.remoteAddr()+uint64(total) < r.RemoteOffset:
+		return nil, fmt.Errorf("%w: remote offset %#x", ErrInvalid, r.RemoteOffset)
+	case r.Op.atomic():
+		p := &r.Local[0]
+		if total != 8 || len(r.Local) != 1 || (uintptr(unsafe.Pointer(&p.Region.mem[0]))+uintptr(p.Offset))%8 != 0 || r.remoteAddr()%8 != 0 {
+			return nil, ErrMisaligned
+		}
+		if p.Region.m.Device().Attr().Caps&verbs.CapAtomics == 0 {
+			return nil, fmt.Errorf("%w: atomics", ErrNotSupported)
+		}
+	}
+	o := &operation{s: s, what: Completion{Token: r.Token, Op: r.Op, Peer: to}}
+	o.RDMA = conn.RDMA{Opcode: code, Device: r.Local[0].Region.m.Device(), SGs: make([]verbs.SGE, len(r.Local)),
+		RKey: verbs.RKey(r.Remote.RKey()), RemoteAddr: r.remoteAddr(), NoFence: r.NoFence, Silent: r.Silent, Owner: o}
+	switch r.Op {
+	case CompareSwap:
+		o.CompareAdd, o.Swap = r.Compare, r.Swap
+	case FetchAdd:
+		o.CompareAdd = r.Add
+	}
+	for i := range r.Local {
+		p := r.Local[i]
+		err := ErrForeignRegion
+		if p.Region.s == s {
+			err = p.Region.hold()
+		}
+		if err == nil {
+			o.local = append(o.local, p)
+			if p.Region.m.Device() != o.Device {
+				err = ErrDeviceGone // one of the two is about to be a tombstone
+			}
+		}
+		if err != nil {
+			o.release()
+			return nil, err
+		}
+		o.SGs[i] = verbs.SGE{Addr: p.Region.m.IOVA() + uint64(p.Offset), Length: uint32(p.Length), LKey: p.Region.m.LKey()}
+	}
+	if r.Notify {
+		if !s.comp.promise() {
+			o.release()
+			return nil, fmt.Errorf("%w: %d operations whose completions were not read", ErrNoBufferSpace, maxCompletions)
+		}
+		o.notify = true
+	}
+	return o, nil
+}
+
+// release lets go of the regions.
+func (o *operation) release() {
+	for i := range o.local {
+		o.local[i].Region.drop()
+	}
+	o.local = nil
+}
+
+// abort is for an operation that the connection did not take.
+func (o *operation) abort() {
+	o.release()
+	if o.notify {
+		o.s.comp.breakPromise()
+	}
+}
+
+// RDMADone implements conn.RDMAOwner.
+func (o *operation) RDMADone(st conn.RDMAStatus) {
+	o.release()
+	o.what.Status = CompletionStatus(st)
+	switch {
+	case o.notify:
+		o.s.comp.keep(o.what)
+	case st != conn.RDMASuccess && o.s.recvErr.Load():
+		if !o.s.comp.add(o.what) {
+			o.s.svc.ctr.completionsLost.Add(1)
+		}
+	}
+}
+
+// isLocal reports whether d is an address of the same Service.
+func (d *dest) isLocal() bool { _, ok := d.link.(*localLink); return ok }
+
+// execute does the operation on a region of la, an address of the same Service, as a device would.
+func (o *operation) execute(la *localAddr) conn.RDMAStatus {
+	r := la.regions.get(uint32(o.RKey))
+	if r == nil || r.hold() != nil {
+		return conn.RDMARemoteError
+	}
+	defer r.drop()
+	total := 0
+	for _, p := range o.local {
+		total += p.Length
+	}
+	off := o.RemoteAddr - r.m.IOVA()
+	write := o.Opcode != verbs.OpRead
+	if off > uint64(r.Len()) || total > r.Len()-int(off) || write && r.opt.ReadOnly || o.what.Op.atomic() && !r.opt.Atomic {
+		return conn.RDMARemoteError
+	}
+	remote, err := r.touch(int(off), total, write)
+	if err != nil {
+		return conn.RDMARemoteError
+	}
+	for _, p := range o.local {
+		local, err := p.Region.touch(p.Offset, p.Length, o.Opcode != verbs.OpWrite)
+		if err != nil {
+			return conn.RDMAOther
+		}
+		switch o.Opcode {
+		case verbs.OpRead:
+			copy(local, remote)
+		case verbs.OpWrite:
+			copy(remote, local)
+		default:
+			binary.NativeEndian.PutUint64(local, o.atomic((*uint64)(unsafe.Pointer(&remote[0]))))
+		}
+		remote = remote[p.Length:]
+	}
+	return conn.RDMASuccess
+}
+
+// atomic executes an atomic on w and returns what was there.
+func (o *operation) atomic(w *uint64) uint64 {
+	for {
+		old := atomic.LoadUint64(w)
+		next := old + o.CompareAdd
+		if o.Opcode == verbs.OpCompareSwap {
+			if next = o.Swap; old != o.CompareAdd {
+				return old
+			}
+		}
+		if atomic.CompareAndSwapUint64(w, old, next) {
+			return old
+		}
+	}
+}
+
+// touch is the n bytes from off on, in memory that can be touched without harm.
+func (r *Region) touch(off, n int, write bool) ([]byte, error) {
+	if r.paged == nil {
+		return r.mem[off : off+n], nil
+	}
+	if err := r.paged.Populate(off, n, write); err != nil {
+		return nil, err
+	}
+	return r.paged.Alias()[off : off+n], nil
 }

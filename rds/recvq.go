@@ -63,7 +63,7 @@ func chargeOf(n int) int64 { return int64(n) + recHeader }
 
 // pushLocked appends m. The caller holds inMu and accounts for it.
 func (q *recvq) pushLocked(from source32, m *conn.Incoming) {
-	if m.Len > copyMax {
+	if m.Len > copyMax || m.Ext != nil {
 		q.pushLongLocked(from, m)
 		return
 	}
@@ -71,9 +71,18 @@ func (q *recvq) pushLocked(from source32, m *conn.Incoming) {
 }
 
 func (q *recvq) pushLongLocked(from source32, m *conn.Incoming) {
+	cookie := m.Ext != nil && m.Ext.Cookie != 0
+	if m.Len <= copyMax {
+		if cookie {
+			copyIn(q.roomLocked(cookieLen+m.Len).putCookie(m, from), m)
+		} else {
+			copyIn(q.roomLocked(m.Len).put(m, from, recInline, m.Len), m)
+		}
+		return
+	}
 	cost := q.pinCostLocked(m)
 	refer := cost >= 0 && q.pinned.Load()+cost <= q.pinLimit.Load()
-	if !refer && m.Len <= inlineMax {
+	if !refer && !cookie && m.Len <= inlineMax {
 		copyIn(q.roomLocked(m.Len).put(m, from, recInline, m.Len), m)
 		return
 	}
@@ -85,6 +94,9 @@ func (q *recvq) pushLongLocked(from source32, m *conn.Incoming) {
 		q.lastBuf = x.pieces[len(x.pieces)-1].buf
 	} else {
 		x.copyFrom(&q.svc.arena, m)
+	}
+	if cookie {
+		x.cookie = Cookie(m.Ext.Cookie)
 	}
 	b := q.roomLocked(0)
 	b.put(m, from, recExt, 0)

@@ -62,9 +62,9 @@ func (s *Socket) roomy(v uint64) bool {
 	return int64(v&sndMask) <= sndbuf/4*3 && int64(v>>sndShift) <= max(minSendMsgs, sndbuf/sndMsgBytes)/4*3
 }
 
-// offer queues a copy of p for port at d, or says why it cannot now: ErrCongested or
+// offer queues a copy of p for port at d, with x if that is not nil, or says why it cannot now: ErrCongested or
 // ErrNoBufferSpace, which pass; any other error does not.
-func (s *Socket) offer(d *dest, port uint16, p []byte) error {
+func (s *Socket) offer(d *dest, port uint16, p []byte, x *conn.Extra) error {
 	if d.link.PeerCongested(port) {
 		return ErrCongested
 	}
@@ -86,11 +86,16 @@ func (s *Socket) offer(d *dest, port uint16, p []byte) error {
 	if before < sndbuf/2 && after >= sndbuf/2 || after >= sndbuf {
 		flags = conn.AckNow
 	}
-	if err := d.link.SendMsg(s.owner(), s.port, port, p, flags); err != nil {
-		s.refund(delta)
-		return err
+	var err error
+	if x == nil {
+		err = d.link.SendMsg(s.owner(), s.port, port, p, flags)
+	} else {
+		err = d.link.SendExtra(s.owner(), s.port, port, p, flags, *x)
 	}
-	return nil
+	if err != nil {
+		s.refund(delta)
+	}
+	return err
 }
 
 // refund takes back what an offer has charged and the connection did not take. Another write may have found the buffer
@@ -122,6 +127,14 @@ func refusalOf(err error) refusal {
 		return noMemory
 	}
 	return final
+}
+
+// finalError gives a connection's reason the names of this package.
+func finalError(err error) error {
+	if err == conn.ErrTooManyPieces {
+		return fmt.Errorf("%w: %w", ErrRegionTooLarge, err)
+	}
+	return err
 }
 
 // cause is what the caller of a write is told.
@@ -162,10 +175,10 @@ func (s *Socket) WriteToAddrPort(p []byte, addr netip.AddrPort) (int, error) {
 	if d != nil && d.remote == addr.Addr() && uint32(d.tos) == s.tos.Load() &&
 		!s.closed.Load() && !s.wdl.expired.Load() &&
 		len(p) <= MaxMessageSize && int64(len(p)) <= s.sndbuf.Load() &&
-		s.offer(d, addr.Port(), p) == nil {
+		s.offer(d, addr.Port(), p, nil) == nil {
 		return len(p), nil
 	}
-	return s.write(context.Background(), p, addr, uint8(s.tos.Load()), true)
+	return s.write(context.Background(), p, addr, uint8(s.tos.Load()), nil, true)
 }
 
 // WriteTo is WriteToAddrPort for a net.Addr: an Addr, or anything with a method AddrPort.
@@ -202,23 +215,58 @@ func (s *Socket) TrySend(m Message) error {
 }
 
 func (s *Socket) send(ctx context.Context, m Message, wait bool) error {
-	to, tos := m.Peer, m.TypeOfService
+	to, tos, err := s.destination(&m)
+	if err != nil {
+		return s.opError("write", to, err)
+	}
+	if m.RDMA != nil || m.Cookie != 0 {
+		return s.sendExtra(ctx, &m, to, tos, wait)
+	}
+	_, err = s.write(ctx, m.Data, to, tos, nil, wait)
+	return err
+}
+
+// destination is where m goes to.
+func (s *Socket) destination(m *Message) (to netip.AddrPort, tos uint8, err error) {
+	to, tos = unmap(m.Peer), m.TypeOfService
 	if !to.IsValid() {
-		if d := s.dflt.Load(); d != nil {
-			to = d.ap
-		} else {
-			return s.opError("write", to, ErrNotConnected)
+		d := s.dflt.Load()
+		if d == nil {
+			return to, tos, ErrNotConnected
 		}
+		to = d.ap
 	}
 	if tos == 0 {
 		tos = uint8(s.tos.Load())
 	}
-	_, err := s.write(ctx, m.Data, to, tos, wait)
+	return to, tos, nil
+}
+
+// sendExtra is send for a message with an operation or a cookie.
+func (s *Socket) sendExtra(ctx context.Context, m *Message, to netip.AddrPort, tos uint8, wait bool) error {
+	if m.RDMA != nil && m.Cookie != 0 {
+		return s.opError("write", to, fmt.Errorf("%w: a cookie and an operation in one message", ErrInvalid))
+	}
+	if m.RDMA == nil {
+		r, err := s.regionOf(m.Cookie)
+		if err != nil {
+			return s.opError("write", to, err)
+		}
+		_, err = s.write(ctx, m.Data, to, tos, &conn.Extra{Cookie: uint64(r.cookie)}, wait)
+		return err
+	}
+	o, err := s.operation(m.RDMA, to)
+	if err != nil {
+		return s.opError("write", to, err)
+	}
+	if _, err = s.write(ctx, m.Data, to, tos, &conn.Extra{RDMA: &o.RDMA}, wait); err != nil {
+		o.abort()
+	}
 	return err
 }
 
-// write is every write but the fast one.
-func (s *Socket) write(ctx context.Context, p []byte, to netip.AddrPort, tos uint8, wait bool) (int, error) {
+// write is every write but the fast one. x may be nil.
+func (s *Socket) write(ctx context.Context, p []byte, to netip.AddrPort, tos uint8, x *conn.Extra, wait bool) (int, error) {
 	to = unmap(to)
 	if !to.IsValid() {
 		return 0, s.opError("write", to, ErrNotConnected)
@@ -240,9 +288,9 @@ func (s *Socket) write(ctx context.Context, p []byte, to netip.AddrPort, tos uin
 		}
 		s.last.Store(d)
 	}
-	err := s.offer(d, to.Port(), p)
+	err := s.offer(d, to.Port(), p, x)
 	if err != nil {
-		if err = s.offerAgain(ctx, d, to.Port(), p, err, wait); err != nil {
+		if err = s.offerAgain(ctx, d, to.Port(), p, x, err, wait); err != nil {
 			return 0, s.opError("write", to, err)
 		}
 	}
@@ -251,10 +299,10 @@ func (s *Socket) write(ctx context.Context, p []byte, to netip.AddrPort, tos uin
 
 // offerAgain offers p until it is taken or there is a reason to give up. err is why it was not taken
 // the first time.
-func (s *Socket) offerAgain(ctx context.Context, d *dest, port uint16, p []byte, err error, wait bool) error {
+func (s *Socket) offerAgain(ctx context.Context, d *dest, port uint16, p []byte, x *conn.Extra, err error, wait bool) error {
 	why := refusalOf(err)
 	if why == final {
-		return err
+		return finalError(err)
 	}
 	s.countRefusal(why, wait)
 	if !wait {
@@ -273,12 +321,12 @@ func (s *Socket) offerAgain(ctx context.Context, d *dest, port uint16, p []byte,
 			return ctxError(ctx.Err(), why.cause())
 		}
 		wr.wait(ctx, why)
-		if err = s.offer(d, port, p); err == nil {
+		if err = s.offer(d, port, p, x); err == nil {
 			wr.spin.done()
 			return nil
 		}
 		if why = refusalOf(err); why == final {
-			return err
+			return finalError(err)
 		}
 	}
 }

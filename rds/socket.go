@@ -49,6 +49,8 @@ type Socket struct {
 	waiters   waiterPool
 	readHint  spinHint
 	writeHint spinHint
+	comp      completions
+	recvErr   atomic.Bool
 	loans     atomic.Int64 // messages lent
 	lentBytes atomic.Int64 // blocks kept by loans
 }
@@ -75,9 +77,14 @@ func newSocket(svc *Service, la *localAddr) *Socket {
 	s.q.svc = svc
 	s.sndbuf.Store(int64(svc.cfg.SendBuffer))
 	s.setReadBuffer(svc.cfg.ReceiveBuffer)
-	s.rdl.fire = s.q.readers.wakeAll
+	s.rdl.fire = s.wakeReaders
 	s.wdl.fire = s.wakeWriters
 	return s
+}
+
+func (s *Socket) wakeReaders() {
+	s.q.readers.wakeAll()
+	s.comp.readers.wakeAll()
 }
 
 func (s *Socket) wakeWriters() {
@@ -206,7 +213,8 @@ func (s *Socket) Unacknowledged() (msgs int, bytes int64) {
 }
 
 // Close unbinds the port. Whoever is blocked in the socket returns with ErrClosed; what was received and not read
-// vanishes; what was written is still delivered. Lent messages stay valid.
+// vanishes; what was written is still delivered. Lent messages stay valid. Its regions are freed: Region.Done tells when
+// their memory is the application's alone.
 func (s *Socket) Close() error {
 	if !s.closed.CompareAndSwap(false, true) {
 		return nil
@@ -218,12 +226,15 @@ func (s *Socket) Close() error {
 	// 2. Everybody out.
 	s.rdl.stop()
 	s.wdl.stop()
-	s.q.readers.wakeAll()
+	s.wakeReaders()
 	s.wakeWriters()
 	// 3. What nobody read.
 	s.svc.ctr.recvDropDeadSock.Add(uint64(s.q.close()))
 	// 4. The port is not congested any more, and says so.
 	s.updateCongestion()
+	// 5. Peers may not touch the socket's memory any more. Operations of its own that are on their way keep theirs to
+	// their end.
+	s.closeRegions()
 	return nil
 }
 

@@ -26,6 +26,9 @@ type counters struct {
 	recvPeerLimit    atomic.Uint64
 	recvShort        atomic.Uint64
 	recvLoanCopied   atomic.Uint64
+	recvUnknownKey   atomic.Uint64
+	recvUsedOnce     atomic.Uint64
+	completionsLost  atomic.Uint64
 	sendQueueEmpty   atomic.Uint64
 	sendQueueFull    atomic.Uint64
 	congSendError    atomic.Uint64
@@ -57,6 +60,9 @@ type Stats struct {
 	RecvPeerLimit     uint64 // times a peer met MaxPeerBytes
 	RecvShortBuffer   uint64 // messages cut because the reader's buffer was too short
 	RecvLoanCopied    uint64 // messages copied because of MaxLentBytes
+	RecvUsedOnce      uint64 // regions for one use freed because a peer said that it had used them
+	RecvUnknownKey    uint64 // messages that say so of memory their socket does not have
+	CompletionsLost   uint64 // failed operations nobody was told of, since too many completions were not read
 	SendReleased      uint64 // messages that left the send buffers: acknowledged, cancelled or abandoned
 	SendNoBuffer      uint64 // writes that found no memory in the connection
 	CongestedPort     uint64 // times a port of ours became congested
@@ -113,6 +119,9 @@ func (svc *Service) Stats() Stats {
 	st.RecvPeerLimit = c.recvPeerLimit.Load()
 	st.RecvShortBuffer = c.recvShort.Load()
 	st.RecvLoanCopied = c.recvLoanCopied.Load()
+	st.RecvUsedOnce = c.recvUsedOnce.Load()
+	st.RecvUnknownKey = c.recvUnknownKey.Load()
+	st.CompletionsLost = c.completionsLost.Load()
 	st.SendReleased = c.sendReleased.Load()
 	st.SendNoBuffer = c.sendNoMemory.Load()
 	st.CongestedPort = c.congSet.Load()

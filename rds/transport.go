@@ -15,6 +15,10 @@ type transport interface {
 	Listen(local netip.Addr) error
 	// Get is the link of a pair of hosts and a type of service, the same one every time.
 	Get(local, remote netip.Addr, tos uint8) (link, error)
+	// Register gives peers that connect to local a key to mem, or to paged if that is not nil. May wait.
+	Register(ctx context.Context, local netip.Addr, mem []byte, paged verbs.PagedMemory, iova uint64, access verbs.Access) (*conn.Mapping, error)
+	// FlushMemory returns when memory that was released is its owners' again. May wait.
+	FlushMemory(ctx context.Context) error
 	// SetCongested sets or clears the bit of port in the map of local. It does not wait and may be called while a
 	// Sink's method runs.
 	SetCongested(local netip.Addr, port uint16, on bool)
@@ -33,10 +37,16 @@ type transport interface {
 	Close(ctx context.Context) (abandoned int, err error)
 }
 
-// link is what a Socket needs to send to one host: a *conn.Conn or a localLink. No method waits.
+// link is what a Socket needs to send to one host: a *conn.Conn or a localLink. No method but WaitUp waits.
 type link interface {
 	// SendMsg queues a copy of payload. o.Released tells of its end.
 	SendMsg(o conn.Owner, srcPort, dstPort uint16, payload []byte, flags conn.SendFlags) error
+	// SendExtra is SendMsg with an operation or a cookie. The operation's owner is not told if it fails.
+	SendExtra(o conn.Owner, srcPort, dstPort uint16, payload []byte, flags conn.SendFlags, x conn.Extra) error
+	// Map gives the peer a key to mem. conn.ErrNotUp if there is no connection at this moment.
+	Map(mem []byte, iova uint64, access verbs.Access) (*conn.Mapping, error)
+	// WaitUp waits until there is a connection. It is the one method that waits.
+	WaitUp(ctx context.Context) error
 	// Flush sends what still waits for company. Callers that are about to wait call it.
 	Flush()
 	// PeerCongested reports whether the peer's map has port's bit set.
