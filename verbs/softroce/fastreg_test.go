@@ -359,10 +359,7 @@ func TestViewAgainstNaive(t *testing.T) {
 		}
 		segs[0] = segs[0][r.IntN(verbs.PageSize):]
 		l := len(segs) - 1
-		segs[l] = segs[l][:len(segs[l])-r.IntN(verbs.PageSize)]
-		if l == 0 && len(segs[0]) == 0 {
-			continue
-		}
+		segs[l] = segs[l][:len(segs[l])-r.IntN(min(len(segs[l]), verbs.PageSize))]
 		flat := bytes.Join(segs, nil)
 		pl := &pageList{max: 64}
 		if err := pl.Set(segs); err != nil {

@@ -715,6 +715,11 @@ func (d *device) sendReadResponses(q *qp, w *rdWork, limit int) (sent int, v ver
 			roce.PutAETH(b.hdr[roce.BTHLen:], roce.SynACK, w.msn)
 		}
 		b.finish(d, q, op, false, false, q.attr.DestQPN, w.next, mem, 0)
+		if first && !last {
+			// It is longer than what follows: the next would end its train, and be numbered 1 where those behind
+			// begin at 0, which a receiver that gets them joined by length cannot guess.
+			d.tx.closeTrain()
+		}
 		w.next = w.next.Add(1)
 		sent++
 	}
