@@ -250,20 +250,28 @@ func (m *model) places(t *rapid.T, p *pool) {
 	dirty := walk(&p.dirty, "dirty", stFreed)
 	walk(&p.stale, "stale", stStale, stLost)
 	for _, q := range m.qs {
+		q.q.mu.Lock()
+		var own, pending, flushed []*item
 		for k := range q.q.own[p.class] {
 			l := &q.q.own[p.class][k]
 			for i := l.first; i != l.last; i++ {
-				put(l.ring[i&uint32(len(l.ring)-1)], "own list", stInvalid)
+				own = append(own, l.ring[i&uint32(len(l.ring)-1)])
 			}
 		}
 		for _, it := range q.q.pending {
 			if it.pool == p {
-				put(it, "pending", stInvalid)
+				pending = append(pending, it)
 			}
 		}
 		for i := q.q.head; i != q.q.tail; i++ {
 			if o := &q.q.ring[i&uint32(len(q.q.ring)-1)]; o.it.pool == p && o.batch != nil {
-				put(o.it, "flush", stInvalid)
+				flushed = append(flushed, o.it)
+			}
+		}
+		q.q.mu.Unlock()
+		for place, its := range map[string][]*item{"own list": own, "pending": pending, "flush": flushed} {
+			for _, it := range its {
+				put(it, place, stInvalid)
 			}
 		}
 	}

@@ -279,7 +279,7 @@ func atBound(err error) bool {
 }
 
 // Flush invalidates and unpins everything that was freed before the call, and returns when that has been tried; a region
-// whose queue is stuck may be left. May wait.
+// whose queue is stuck may be left. The caller holds a reference to the device. May wait.
 func (ps *Pools) Flush(ctx context.Context) error {
 	for _, p := range ps.pools() {
 		select {
