@@ -109,7 +109,7 @@ func (r *role) run(stdin io.Reader, stdout io.Writer) error {
 		resent += d["retransmits"]
 		drops += d["rx_socket_drops"]
 	}
-	out.printf("done resent %d drops %d", resent, drops)
+	out.printf("done resent %d drops %d devices %d %d", resent, drops, st.Conn.DevicesLost, st.Conn.DevicesBack)
 	return nil
 }
 
