@@ -270,6 +270,9 @@ func (d *device) readResponse(q *qp, pk *roce.Packet, p psn.PSN) {
 		return
 	}
 	sgs, o, v := d.reach(w.sgs, off, n, true)
+	if v == granted {
+		v = d.put(sgs, o, pk.Payload)
+	}
 	if v == absent {
 		if v = d.pauseSink(q, w, off); v == absent {
 			return
@@ -279,7 +282,6 @@ func (d *device) readResponse(q *qp, pk *roce.Packet, p psn.PSN) {
 		q.fail(w, verbs.WCLocProtErr)
 		return
 	}
-	scatter(sgs, o, pk.Payload)
 	w.got = p.Add(1)
 	q.una = w.got
 	q.readDue = max(q.readDue-1, 0)
@@ -322,7 +324,12 @@ func (d *device) atomicResponse(q *qp, pk *roce.Packet, p psn.PSN) {
 		q.fail(w, verbs.WCBadRespErr)
 		return
 	}
+	var orig [8]byte
+	binary.NativeEndian.PutUint64(orig[:], pk.AtomicAck())
 	sgs, o, v := d.reach(w.sgs, 0, 8, true)
+	if v == granted {
+		v = d.put(sgs, o, orig[:])
+	}
 	if v == absent {
 		if v = d.pauseSink(q, w, 0); v == absent {
 			return
@@ -332,9 +339,6 @@ func (d *device) atomicResponse(q *qp, pk *roce.Packet, p psn.PSN) {
 		q.fail(w, verbs.WCLocProtErr)
 		return
 	}
-	var orig [8]byte
-	binary.NativeEndian.PutUint64(orig[:], pk.AtomicAck())
-	scatter(sgs, o, orig[:])
 	q.una = p.Add(1)
 	q.cumUna = w.startCum + w.cost
 	w.got = q.una

@@ -49,6 +49,7 @@ const (
 	cRemoteOpErr         // NAK 0x63 sent
 	cFlushed             //
 	cCMDropped           //
+	cMemoryFaults        // accesses to registered memory that was not there
 	cODPFaults           // page faults raised
 	cODPFaultPages       // pages they brought in
 	cODPFaultErrors      // that ended with an error of the memory
@@ -68,7 +69,7 @@ var counterNames = [nCounters]string{
 	"duplicate_requests", "seq_nak_sent", "seq_nak_received", "rnr_nak_sent", "rnr_nak_received", "retransmits", "timeouts", "probes",
 	"implied_nak", "response_out_of_range", "read_replays", "atomic_replays", "read_replays_dropped", "read_deferred", "read_pauses", "cq_overflow", "async_events_dropped",
 	"remote_access_errors", "remote_invalid_requests", "remote_operation_errors", "flushed", "cm_dropped",
-	"odp_faults", "odp_fault_pages", "odp_fault_errors", "odp_held", "odp_flush_timeouts", "odp_invalidations", "odp_invalidated_pages",
+	"memory_faults", "odp_faults", "odp_fault_pages", "odp_fault_errors", "odp_held", "odp_flush_timeouts", "odp_invalidations", "odp_invalidated_pages",
 	"odp_prefetches", "odp_prefetched_pages",
 }
 

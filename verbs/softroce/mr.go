@@ -393,25 +393,6 @@ func (d *device) remote(q *qp, rkey uint32, addr uint64, n uint32, need verbs.Ac
 	return m, d.direct, granted
 }
 
-// scatter copies b into a list of direct elements at byte offset off. The list is long enough. This, word
-// access of atomics, the gather lists handed to the packet socket and the placement of trains are
-// the only places that touch registered bytes.
-func scatter(sgs []sge, off uint32, b []byte) {
-	for i := range sgs {
-		s := sgs[i].bytes()
-		if off >= uint32(len(s)) {
-			off -= uint32(len(s))
-			continue
-		}
-		n := copy(s[off:], b)
-		b = b[n:]
-		if len(b) == 0 {
-			return
-		}
-		off = 0
-	}
-}
-
 // word is the aligned 8-byte word that mem is, or nil.
 func word(mem []sge) *uint64 {
 	if len(mem) != 1 || mem[0].n != 8 || uintptr(unsafe.Pointer(mem[0].base))&7 != 0 {

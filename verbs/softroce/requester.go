@@ -53,6 +53,7 @@ type requester struct {
 	// On-demand paging.
 	txFault  faultState
 	askAgain bool // a response could not be placed: go back when its page is there
+	resend   bool // the socket could not read what it was to send
 }
 
 const (
@@ -92,6 +93,12 @@ func (d *device) runRequester(q *qp) (more bool) {
 	if q.askAgain {
 		q.askAgain = false
 		d.goBack(q, d.resumePSN(q), false)
+	}
+	if q.resend {
+		q.resend = false
+		if q.una != q.max {
+			d.goBackOnce(q, d.resumePSN(q))
+		}
 	}
 	if !q.rnrUntil.IsZero() {
 		return false
@@ -407,8 +414,7 @@ func (d *device) emitRequest(q *qp, w *swqe, k int, ack bool) verdict {
 		}
 	}
 	se := last && w.flags&verbs.SendSolicited != 0 && w.op != verbs.OpWrite
-	b.finish(d, q, op, se, ack, q.attr.DestQPN, p, sgs, at)
-	return granted
+	return b.finish(d, q, op, se, ack, q.attr.DestQPN, p, sgs, at)
 }
 
 func putU32(b []byte, v uint32) {

@@ -1,7 +1,6 @@
 package softroce
 
 import (
-	"sync/atomic"
 	"time"
 
 	"github.com/openrds/openrds/internal/psn"
@@ -207,6 +206,9 @@ func (d *device) recvSend(q *qp, pk *roce.Packet, p psn.PSN, f roce.OpFlags) {
 	}
 	if n > 0 {
 		sgs, o, v := d.reach(q.w.sgs, q.got, n, true)
+		if v == granted && !q.w.bad {
+			v = d.put(sgs, o, pk.Payload)
+		}
 		if v == absent && !q.w.bad {
 			if v = d.pauseRX(q, p, true, restOf(q.w.sgs, q.got, true)); v == absent {
 				return
@@ -216,7 +218,6 @@ func (d *device) recvSend(q *qp, pk *roce.Packet, p psn.PSN, f roce.OpFlags) {
 			d.nakRecv(q, roce.SynNAKOp, verbs.WCLocProtErr)
 			return
 		}
-		scatter(sgs, o, pk.Payload)
 		q.got += n
 	}
 	end := f&roce.FlagEnd != 0
@@ -286,6 +287,10 @@ func (d *device) recvWrite(q *qp, pk *roce.Packet, p psn.PSN, f roce.OpFlags) {
 	}
 	if n > 0 {
 		m, mem, v := d.remote(q, q.rkey, q.va, n, verbs.AccessRemoteWrite)
+		if v == granted {
+			v = d.put(mem, 0, pk.Payload)
+			m.refs.Put()
+		}
 		if v == absent {
 			if v = d.pauseRemote(q, p, q.rkey, q.va, q.remaining, verbs.AccessRemoteWrite); v == absent {
 				return
@@ -295,8 +300,6 @@ func (d *device) recvWrite(q *qp, pk *roce.Packet, p psn.PSN, f roce.OpFlags) {
 			d.nakRecv(q, roce.SynNAKAccess, verbs.WCRemAccessErr)
 			return
 		}
-		scatter(mem, 0, pk.Payload)
-		m.refs.Put()
 		q.va += uint64(n)
 		q.remaining -= n
 	}
@@ -353,6 +356,19 @@ func (d *device) recvAtomic(q *qp, pk *roce.Packet, p psn.PSN) {
 		return
 	}
 	m, mem, v := d.remote(q, a.RKey(), a.VA(), 8, verbs.AccessRemoteAtomic)
+	var orig uint64
+	if v == granted {
+		w := word(mem)
+		if w == nil { // an IOVA that is not aligned as its memory is
+			m.refs.Put()
+			d.nak(q, roce.SynNAKInvReq)
+			return
+		}
+		var fault uintptr
+		orig, fault = atomically(w, pk.Op, a.SwapAdd(), a.Compare())
+		m.refs.Put()
+		v = d.faultAt(fault)
+	}
 	if v == absent {
 		if v = d.pauseRemote(q, p, a.RKey(), a.VA(), 8, verbs.AccessRemoteAtomic); v == absent {
 			return
@@ -362,24 +378,6 @@ func (d *device) recvAtomic(q *qp, pk *roce.Packet, p psn.PSN) {
 		d.nak(q, roce.SynNAKAccess)
 		return
 	}
-	w := word(mem)
-	if w == nil { // an IOVA that is not aligned as its memory is
-		m.refs.Put()
-		d.nak(q, roce.SynNAKInvReq)
-		return
-	}
-	var orig uint64
-	if pk.Op == roce.RCFetchAdd {
-		orig = atomic.AddUint64(w, a.SwapAdd()) - a.SwapAdd()
-	} else {
-		for {
-			orig = atomic.LoadUint64(w)
-			if orig != a.Compare() || atomic.CompareAndSwapUint64(w, orig, a.SwapAdd()) {
-				break
-			}
-		}
-	}
-	m.refs.Put()
 	q.epsn = p.Add(1)
 	q.nakSent, q.nakRNR = false, false
 	q.msn = (q.msn + 1) & 0xffffff
@@ -708,13 +706,23 @@ func (d *device) sendReadResponses(q *qp, w *rdWork, limit int) (sent int, v ver
 		}
 		var b pktBuilder
 		b.begin(d, q, op, op.Info().HdrLen, int(n))
-		if m != nil {
-			d.tx.hold(m)
-		}
 		if first || last {
 			roce.PutAETH(b.hdr[roce.BTHLen:], roce.SynACK, w.msn)
 		}
-		b.finish(d, q, op, false, false, q.attr.DestQPN, w.next, mem, 0)
+		v = b.finish(d, q, op, false, false, q.attr.DestQPN, w.next, mem, 0)
+		switch {
+		case m == nil:
+		case v == granted:
+			d.tx.hold(m)
+		default:
+			m.refs.Put()
+		}
+		if v == absent {
+			v = d.waitRX(q, w.next, false, d.remoteSpan(q, w.rkey, w.va+uint64(off), w.length-off, verbs.AccessRemoteRead))
+		}
+		if v != granted {
+			return sent, v
+		}
 		if first && !last {
 			// It is longer than what follows: the next would end its train, and be numbered 1 where those behind
 			// begin at 0, which a receiver that gets them joined by length cannot guess.

@@ -59,6 +59,8 @@ type pktBuilder struct {
 	n   int    // payload bytes
 	u   int    // UDP payload bytes
 	seg uint16 // index in its train
+	// Where the batch was before it: see undo.
+	used, vecs, run int
 }
 
 // begin makes room for a packet of hdrLen bytes of headers and n of payload to q's peer.
@@ -87,43 +89,39 @@ func (b *pktBuilder) beginTo(d *device, to netip.AddrPort, tos uint8, hdrLen, n 
 		t.runStart = t.used
 		b.seg = 0
 	}
+	b.used, b.vecs, b.run = t.used, len(t.vecs), t.runStart
 	t.bytes += u
 	b.hdr = t.scratch[t.used : t.used+hdrLen : t.used+hdrLen]
 	t.used += hdrLen
 }
 
-// finish writes BTH, payload, pad and ICRC. The payload is b.n bytes of sgs from off on. Extension
-// headers have been written to b.hdr.
-func (b *pktBuilder) finish(d *device, q *qp, op roce.Opcode, se, ackReq bool, destQP verbs.QPN, p psn.PSN, sgs []sge, off uint32) {
-	b.finishFlow(d, &q.txFlow, op, se, ackReq, uint32(destQP), p, sgs, off)
+// undo takes the packet out of the batch again.
+func (b *pktBuilder) undo(t *txBatch) {
+	t.used, t.vecs, t.runStart = b.used, t.vecs[:b.vecs], b.run
+	t.bytes -= b.u
+	if t.segs--; t.segs == 0 {
+		t.open, t.starts = false, t.starts[:len(t.starts)-1]
+	}
 }
 
-func (b *pktBuilder) finishFlow(d *device, f *roce.Flow, op roce.Opcode, se, ackReq bool, destQP uint32, p psn.PSN, sgs []sge, off uint32) {
+// finish writes BTH, payload, pad and ICRC. The payload is b.n bytes of sgs from off on. Extension
+// headers have been written to b.hdr. There is no packet if the payload could not be read.
+func (b *pktBuilder) finish(d *device, q *qp, op roce.Opcode, se, ackReq bool, destQP verbs.QPN, p psn.PSN, sgs []sge, off uint32) verdict {
+	return b.finishFlow(d, &q.txFlow, op, se, ackReq, uint32(destQP), p, sgs, off)
+}
+
+func (b *pktBuilder) finishFlow(d *device, f *roce.Flow, op roce.Opcode, se, ackReq bool, destQP uint32, p psn.PSN, sgs []sge, off uint32) verdict {
 	t := &d.tx
 	pad := roce.PadLen(b.n)
 	roce.PutBTH(b.hdr, op, se, pad, ackReq, destQP, p)
 	st := f.Begin(b.u, b.hdr)
 	inline := b.n <= inlinePayload
-	for left := b.n; left > 0; {
-		s := sgs[0].bytes()
-		sgs = sgs[1:]
-		if off >= uint32(len(s)) {
-			off -= uint32(len(s))
-			continue
+	if b.n > 0 {
+		var fault uintptr
+		if st, fault = t.gather(st, sgs, off, b.n, inline); fault != 0 {
+			b.undo(t)
+			return d.faultAt(fault)
 		}
-		s = s[off:]
-		off = 0
-		if len(s) > left {
-			s = s[:left:left]
-		}
-		left -= len(s)
-		if inline {
-			t.used += copy(t.scratch[t.used:], s)
-			continue
-		}
-		st = crc32.Update(st, crc32.IEEETable, s)
-		t.vecs = append(t.vecs, t.scratch[t.runStart:t.used:t.used], s)
-		t.runStart = t.used
 	}
 	x := t.scratch[t.used : t.used+pad+roce.ICRCLen]
 	clear(x[:pad])
@@ -138,6 +136,7 @@ func (b *pktBuilder) finishFlow(d *device, f *roce.Flow, op roce.Opcode, se, ack
 	}
 	roce.PutICRC(x[pad:], st)
 	t.used += pad + roce.ICRCLen
+	return granted
 }
 
 // closeTrain ends the open train.
@@ -199,6 +198,9 @@ func (t *txBatch) flush() {
 		}
 		// The train is lost, as if on the wire.
 		d.stats.add(cTxErrors, 1)
+		if isFault(err) {
+			d.gatherFaulted(&t.trains[t.done])
+		}
 		d.caps.GSO = d.conn.Caps().GSO // the socket may have learnt that the path has no segmentation
 		t.done++
 	}

@@ -51,7 +51,14 @@ func (d *device) sendUD(q *qp) (more bool) {
 		if op == roce.UDSendOnlyImm {
 			roce.PutImm(b.hdr[roce.BTHLen+roce.DETHLen:], w.imm)
 		}
-		b.finish(d, q, op, w.flags&verbs.SendSolicited != 0, false, verbs.QPN(x.rqpn), q.nxt, sgs, off)
+		v = b.finish(d, q, op, w.flags&verbs.SendSolicited != 0, false, verbs.QPN(x.rqpn), q.nxt, sgs, off)
+		if v == absent && d.pauseTX(q, w, q.nxt, 0, false) == absent {
+			return false
+		}
+		if v != granted {
+			q.failUD(w, verbs.WCLocProtErr)
+			return false
+		}
 		q.nxt = q.nxt.Add(1)
 		q.una, q.max = q.nxt, q.nxt
 		q.cur++
@@ -120,6 +127,13 @@ func (d *device) recvUD(q *qp, t *packetio.RxTrain, raw []byte, pk *roce.Packet,
 	}
 	total := uint32(grhLen + len(pk.Payload))
 	sgs, o, got := d.reach(q.w.sgs, 0, min(total, q.w.total), true)
+	if got == granted && !q.w.bad && q.w.total >= total {
+		var grh [grhLen]byte
+		d.makeGRH(&grh, t, len(raw))
+		if got = d.put(sgs, o, grh[:]); got == granted {
+			got = d.put(sgs, o+grhLen, pk.Payload)
+		}
+	}
 	if got == absent && q.w.total >= total && !q.w.bad {
 		if q.inMessage = d.waitRX(q, 0, true, restOf(q.w.sgs, 0, true)) == absent; q.inMessage {
 			d.stats.add(cODPHeld, 1)
@@ -136,10 +150,6 @@ func (d *device) recvUD(q *qp, t *packetio.RxTrain, raw []byte, pk *roce.Packet,
 		q.finishRecv(s)
 		return
 	}
-	var grh [grhLen]byte
-	d.makeGRH(&grh, t, len(raw))
-	scatter(sgs, o, grh[:])
-	scatter(sgs, o+grhLen, pk.Payload)
 	wc := verbs.WC{ID: q.w.id, Opcode: verbs.WCRecv, QPN: verbs.QPN(q.num), ByteLen: total, SrcQPN: verbs.QPN(pk.DETH().SrcQP()), Flags: verbs.WCWithGRH}
 	if pk.Info.Flags&roce.FlagImm != 0 {
 		wc.Flags |= verbs.WCWithImm
