@@ -80,3 +80,45 @@ func BenchmarkStream(b *testing.B) {
 		})
 	}
 }
+
+// BenchmarkRDMA moves a megabyte at a time between two devices of this process over loopback UDP.
+func BenchmarkRDMA(b *testing.B) {
+	for _, op := range []verbs.SendOpcode{verbs.OpRead, verbs.OpWrite} {
+		for _, depth := range []int{1, 4} {
+			b.Run(fmt.Sprintf("%v/%d", op, depth), func(b *testing.B) {
+				tp := newTestPair(b, Config{}, "127.0.0.13", "127.0.0.14", verbs.MTU4096)
+				defer tp.shut(b)
+				const size = 1 << 20
+				b.SetBytes(size)
+				b.ReportAllocs()
+				var wcs [16]verbs.WC
+				wr := []verbs.SendWR{{Opcode: op, Flags: verbs.SendSignaled, RemoteAddr: 0x1000, RKey: tp.mr[1].RKey(), SGs: tp.sge(0, 0, size)}}
+				out := 0
+				for i := 0; i < b.N || out > 0; {
+					if i < b.N && out < depth {
+						if _, err := tp.qp[0].PostSend(wr); err != nil {
+							b.Fatal(err)
+						}
+						out++
+						i++
+						continue
+					}
+					n := tp.cq[0].Poll(wcs[:])
+					for _, wc := range wcs[:n] {
+						if wc.Status != verbs.WCSuccess {
+							b.Fatal(wc.Err())
+						}
+					}
+					if out -= n; n == 0 && !tp.dev[0].Progress() {
+						time.Sleep(20 * time.Microsecond)
+					}
+				}
+				b.StopTimer()
+				s, r := tp.dev[0].Stats(), tp.dev[1].Stats()
+				b.ReportMetric(float64(s["retransmits"])/float64(b.N), "retransmits/op")
+				b.ReportMetric(float64(s["rx_socket_drops"]+r["rx_socket_drops"])/float64(b.N), "drops/op")
+				b.ReportMetric(float64(r["tx_packets"]+s["tx_packets"])/float64(r["tx_trains"]+s["tx_trains"]), "packets/train")
+			})
+		}
+	}
+}
