@@ -2,6 +2,8 @@ package conn
 
 import (
 	"context"
+	"encoding/binary"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
@@ -402,4 +404,201 @@ func (p *hostProvider) OpenDevice(a netip.Addr) (verbs.Device, error) {
 		p.opened = append(p.opened, a)
 	}
 	return d, err
+}
+
+// opsHost is a host with memory for operations, registered anew with each device of its address.
+type opsHost struct {
+	*host
+	cur  *opsRegion
+	all  []*opsRegion // by number
+	used int          // slots of cur
+}
+
+// opsRegion is a region of slots. Each is the object of one operation.
+type opsRegion struct {
+	num     int
+	m       *Mapping
+	mem     []byte
+	release sync.WaitGroup
+}
+
+const (
+	opSlots = 128
+	opSlot  = 3000
+	opPort  = 5000
+)
+
+func (r *opsRegion) slot(i int) []byte { return r.mem[i*opSlot : (i+1)*opSlot] }
+
+// region is one with room for another slot, nil if there is no device to have it on. What is given up is given back, with the device
+// still there or gone.
+func (h *opsHost) region() *opsRegion {
+	if r := h.cur; r != nil && (r.m.Device().Gone() || h.used == opSlots) {
+		h.give()
+	}
+	if h.cur == nil {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Millisecond)
+		defer cancel()
+		r := &opsRegion{num: len(h.all), mem: make([]byte, opSlots*opSlot)}
+		var err error
+		if r.m, err = h.m.Register(ctx, h.addr, r.mem, 0, rwAccess); err != nil {
+			return nil
+		}
+		for i := range opSlots {
+			pattern(r.slot(i), uint16(r.num), uint64(i)|1<<40) // what a READ of it finds
+		}
+		r.release.Add(1)
+		h.cur, h.all, h.used = r, append(h.all, r), 0
+	}
+	h.used++
+	return h.cur
+}
+
+func (h *opsHost) give() {
+	if r := h.cur; r != nil {
+		h.cur = nil
+		r.m.Release(true, func(error) { r.release.Done() })
+	}
+}
+
+// TestRemovalWithOperations removes devices under READs and WRITEs from and to regions on them, both in use by operations and not.
+// Each operation is told of once; a message that arrives finds its operation executed, and one whose operation is said to have
+// succeeded arrives; messages without one arrive once and in order; and no device is kept by what was left on it.
+func TestRemovalWithOperations(t *testing.T) {
+	type key struct{ region, slot int }
+	for seed := range uint64(6) {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			bubble(t, seed, simnet.Config{SendBuffer: 256 << 10, Link: simnet.LinkConfig{Delay: 100 * time.Microsecond, RateBytesPerSec: 1 << 30}}, func(t *testing.T, net *simnet.Net) {
+				a, b := &opsHost{host: newHost(t, net, addrA)}, &opsHost{host: newHost(t, net, addrB)}
+				a.sink.hold, b.sink.hold = true, true
+				var mu sync.Mutex // of what both sides' handlers note
+				wrote := map[key]func() error{}
+				arrived := map[uint64]int{}
+				b.sink.accept = func(_ *Conn, m *Incoming) bool {
+					if m.DstPort == opPort {
+						n := binary.BigEndian.Uint64(m.First.Data)
+						mu.Lock()
+						arrived[n]++
+						check := wrote[key{int(n >> 32), int(n & 0xffff)}]
+						mu.Unlock()
+						if err := check(); err != nil {
+							t.Errorf("message of operation %#x: %v", n, err)
+						}
+					}
+					return true
+				}
+				rng := rand.New(rand.NewPCG(seed, 13))
+				plain := &stream{port: 4001, rng: rng}
+				type started struct {
+					n     uint64
+					owner *opOwner
+					read  []byte // where a READ puts it
+					want  []byte
+				}
+				var ops []started
+				c := a.conn(addrB)
+				var opMsgs testOwner
+				for round := range 150 {
+					plain.send(t, c, rng.IntN(6))
+					for range rng.IntN(6) {
+						local, remote := a.region(), b.region()
+						if local == nil || remote == nil {
+							continue
+						}
+						i, k := a.used-1, b.used-1
+						n := uint64(remote.num)<<32 | uint64(k)
+						st := started{n: n, owner: new(opOwner)}
+						op := verbs.OpWrite
+						check := func() error { return nil }
+						if rng.IntN(2) == 0 {
+							op = verbs.OpRead
+							st.read, st.want = local.slot(i), slices.Clone(remote.slot(k))
+						} else {
+							pattern(local.slot(i), 7, n)
+							want := slices.Clone(local.slot(i))
+							check = func() error {
+								if !slices.Equal(remote.slot(k), want) {
+									return errors.New("it has not been executed")
+								}
+								return nil
+							}
+						}
+						mu.Lock()
+						wrote[key{remote.num, k}] = check
+						mu.Unlock()
+						r := &RDMA{Opcode: op, Device: local.m.Device(), RKey: remote.m.RKey(), RemoteAddr: uint64(k * opSlot), Owner: st.owner,
+							SGs: []verbs.SGE{{Addr: uint64(i * opSlot), Length: opSlot, LKey: local.m.LKey()}}}
+						if err := c.SendExtra(&opMsgs, opPort, opPort, payload(1, n, 100), 0, Extra{RDMA: r}); err != nil {
+							t.Fatal(err)
+						}
+						ops = append(ops, st)
+					}
+					time.Sleep(time.Duration(rng.IntN(2500)) * time.Microsecond)
+					switch rng.IntN(24) {
+					case 0:
+						a.unplug()
+					case 1:
+						b.unplug()
+					case 2:
+						a.unplug()
+						b.unplug()
+					case 3:
+						a.give()
+					default:
+						continue
+					}
+					if rng.IntN(2) == 0 {
+						time.Sleep(time.Duration(rng.IntN(2000)) * time.Microsecond)
+					}
+					a.plug()
+					b.plug()
+					if round%8 == 0 {
+						a.sink.releaseAll()
+						b.sink.releaseAll()
+					}
+				}
+				eventually(t, "everything is acknowledged", time.Minute, func() bool { n, _ := plain.owner.get(); return n == plain.sent })
+				var count [RDMAOther + 1]int
+				for i := range ops {
+					o := &ops[i]
+					eventually(t, "an operation has ended", time.Minute, o.owner.done)
+				}
+				eventually(t, "messages of operations leave the queue", time.Minute, func() bool { n, _ := opMsgs.get(); return n == len(ops) })
+				a.give()
+				b.give()
+				for _, h := range []*opsHost{a, b} {
+					for _, r := range h.all {
+						r.release.Wait() // and the memory is ours again
+					}
+				}
+				for i := range ops {
+					o := &ops[i]
+					if len(o.owner.got) != 1 {
+						t.Fatalf("operation %#x was told of %d times", o.n, len(o.owner.got))
+					}
+					s := o.owner.got[0]
+					count[s]++
+					if s == RDMASuccess && o.read != nil && !slices.Equal(o.read, o.want) {
+						t.Errorf("READ %#x brought something else", o.n)
+					}
+					if k := arrived[o.n]; k > 1 || s == RDMASuccess && k != 1 {
+						t.Errorf("operation %#x, %v: its message arrived %d times", o.n, s, k)
+					}
+				}
+				var rest []gotMsg
+				for _, m := range b.sink.take() {
+					if m.dport != opPort {
+						rest = append(rest, m)
+					}
+				}
+				checkStreams(t, rest, plain)
+				if count[RDMASuccess] < 20 || count[RDMADropped]+count[RDMAOther]+count[RDMARemoteError] < 3 || a.m.Stats().DevicesLost < 3 {
+					t.Errorf("by status: %v; devices lost: %d: the test tests little", count, a.m.Stats().DevicesLost)
+				}
+				t.Logf("%d operations, by status %v; %d regions; devices lost %d, %d", len(ops), count, len(a.all)+len(b.all), a.m.Stats().DevicesLost, b.m.Stats().DevicesLost)
+				a.close(time.Second)
+				b.close(time.Second)
+			})
+		})
+	}
 }
