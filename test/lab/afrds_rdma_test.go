@@ -135,8 +135,9 @@ type SendRDMAArgs struct {
 
 // SentRDMA is what became of it.
 type SentRDMA struct {
-	Errno  unix.Errno
-	Cookie uint64 // of the mapping
+	Errno   unix.Errno
+	Cookie  uint64 // of the mapping
+	Refused int    // times it was tried in vain before
 }
 
 // where is the address of b's memory as the kernel wants it: mapped memory, which does not move.
@@ -217,8 +218,10 @@ func (k *KernelRDS) SendRDMA(a SendRDMAArgs, out *SentRDMA) error {
 	pattern(buf, a.Seed)
 	for end := time.Now().Add(stepLimit); ; time.Sleep(time.Millisecond) {
 		err := unix.Sendmsg(fd, buf, oob, sockaddr(a.To), 0)
-		if errors.Is(err, unix.EAGAIN) && time.Now().Before(end) {
-			continue // not connected yet
+		// Not connected yet; or the QP is there, and not yet in a state in which rxe lets it register.
+		if (errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EINVAL) && a.Map != nil) && time.Now().Before(end) {
+			out.Refused++
+			continue
 		}
 		out.Cookie = *cookie
 		if err != nil {
