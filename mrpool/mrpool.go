@@ -223,7 +223,8 @@ func (ps *Pools) register(s shape, r *Request) (Mapping, error) {
 		p.unpinQuietly(bytes)
 		return Mapping{}, err
 	}
-	if _, err := ps.ways[byRegistration].begin(nil, it, r, nil, nil); err != nil {
+	begun := *r // what is handed to a way is the heap's: mapping on a queue pair does without
+	if _, err := ps.ways[byRegistration].begin(nil, it, &begun, nil, nil); err != nil {
 		p.unpinQuietly(bytes)
 		p.putEmpty(it)
 		p.stats.allocErrors.Inc()

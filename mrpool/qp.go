@@ -78,6 +78,7 @@ type QP struct {
 	// they left.
 	post       sync.Mutex
 	wrs        [postBatch]verbs.SendWR
+	req        Request // being made
 	fr         verbs.FastReg
 	bind       verbs.MWBind
 	pl         verbs.PageList // for the request being made
@@ -151,7 +152,8 @@ func (q *QP) mapAs(s shape, r *Request) (Mapping, error) {
 		return Mapping{}, err
 	}
 	q.post.Lock()
-	m, err := q.mapPosting(s, r)
+	q.req = *r
+	m, err := q.mapPosting(s)
 	q.post.Unlock()
 	if err != nil {
 		p.unpinQuietly(bytes)
@@ -160,9 +162,10 @@ func (q *QP) mapAs(s shape, r *Request) (Mapping, error) {
 	return m, err
 }
 
-// mapPosting is Map by who has the right to post.
-func (q *QP) mapPosting(s shape, r *Request) (Mapping, error) {
-	p := s.pool
+// mapPosting maps q.req. For who has the right to post.
+func (q *QP) mapPosting(s shape) (Mapping, error) {
+	p, r := s.pool, &q.req
+	defer func() { *r = Request{} }()
 	if q.queued.Load() > 0 && !q.postPending() { // they came first
 		q.stuck()
 	}
@@ -696,7 +699,8 @@ func (q *QP) nudge(p *pool) {
 	var m Mapping
 	var err error
 	if need {
-		m, err = q.mapPosting(shape{kind: byFastReg, pool: p, bytes: verbs.PageSize}, &Request{Segs: q.ps.scratchPage()})
+		q.req = Request{Segs: q.ps.scratchPage()}
+		m, err = q.mapPosting(shape{kind: byFastReg, pool: p, bytes: verbs.PageSize})
 	}
 	q.post.Unlock()
 	if need && err == nil {
