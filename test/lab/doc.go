@@ -4,8 +4,9 @@
 // peer of softroce, its rds_rdma the peer of RDS. A lab needs root, apt and no hardware:
 //
 //	┌ network namespace, PID namespace ────────────────────────────────────┐
-//	│  test binary (Main runs it again in here)         QEMU               │
-//	│    softroce on 10.77.0.1 ── tap lab0 ────────────── eth0 10.77.0.2   │
+//	│  test binary (Main runs it again in here)           QEMU             │
+//	│    softroce on 10.77.0.1 ── lab0 ──── tap lab1 ───── eth0 10.77.0.2  │
+//	│                            bridge └── tap lab2 ───── (a second one)  │
 //	│    Guest.Start ───────────── virtio serial port ─── agent            │
 //	│    / of the host ─────────── 9p, read only ──────── / of the guest   │
 //	└──────────────────────────────────────────────────────────────────────┘
@@ -17,7 +18,7 @@
 // The kernel comes from the package that linux-image-amd64 depends on; it is downloaded and unpacked
 // into the user's cache directory, never installed. Everything a lab makes lives in its namespaces
 // or in one temporary directory: when the process that Main started ends, however it ends, the
-// kernel takes the guests, the tap devices and the namespace with it.
+// kernel takes the guests, the bridge, the tap devices and the namespace with it.
 //
 // # Use
 //
