@@ -10,6 +10,7 @@ import (
 
 	"github.com/openrds/openrds/conn/ib"
 	"github.com/openrds/openrds/internal/slab"
+	"github.com/openrds/openrds/verbs"
 )
 
 // Conn is the connection of a pair of hosts for one type of service. It exists from the first Get
@@ -121,6 +122,10 @@ func (c *Conn) send(o Owner, srcPort, dstPort uint16, payload []byte, flags Send
 	if x == nil {
 		seq, first, ok = c.q.append(o, srcPort, dstPort, len(payload), c.ackNext, f)
 	} else {
+		if x.op != nil && x.op.r.Device.Gone() { // dropOps, which looks later, finds the others
+			c.mu.Unlock()
+			return verbs.ErrDeviceGone
+		}
 		seq, first, ok = c.q.appendSide(o, srcPort, dstPort, len(payload), c.ackNext, f, x)
 	}
 	if !ok {

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/openrds/openrds/ibdev"
+	"github.com/openrds/openrds/mrpool"
 	"github.com/openrds/openrds/verbs"
 )
 
@@ -37,30 +38,112 @@ func (m *Mapping) IOVA() uint64 { return m.iova }
 func (m *Mapping) Release(prompt bool, done func(error)) { m.release(prompt, done) }
 
 // Register registers mem with the device of local, where peers may touch it through any connection. Memory outside the
-// Go heap, or pinned until Release's done. Errors: ErrNoDevice, ErrClosed, verbs.ErrDeviceGone, the provider's. May wait.
+// Go heap, or pinned until Release's done. Errors: ErrNoDevice, ErrClosed, verbs.ErrDeviceGone, mrpool's, the provider's. May
+// wait, at a bound of the device's pools until something is given back, for a while.
 func (m *Manager) Register(ctx context.Context, local netip.Addr, mem []byte, iova uint64, access verbs.Access) (*Mapping, error) {
-	s, err := m.site(local)
-	if err != nil {
-		return nil, err
-	}
-	d, err := s.device(ctx)
+	d, err := m.device(ctx, local)
 	if err != nil {
 		return nil, err
 	}
 	defer d.Put()
-	return registerPlain(d, mem, iova, access)
+	pm, err := d.Pools().Register(ctx, mem, iova, access)
+	if err != nil {
+		return nil, goneOr(d, err)
+	}
+	return pooled(d, pm), nil
 }
 
-// Map registers mem through the connection, for its peer. As Register otherwise; ErrNotUp if there is no
-// connection at this moment. It does not wait.
-func (c *Conn) Map(mem []byte, iova uint64, access verbs.Access) (*Mapping, error) {
+// RegisterPaged is Register for memory of which nothing is pinned. verbs.ErrNotSupported where the device cannot.
+func (m *Manager) RegisterPaged(ctx context.Context, local netip.Addr, mem verbs.PagedMemory, iova uint64, access verbs.Access) (*Mapping, error) {
+	d, err := m.device(ctx, local)
+	if err != nil {
+		return nil, err
+	}
+	defer d.Put()
+	mr, err := d.PD().RegOnDemandMR(mem, iova, access)
+	if err != nil {
+		return nil, fmt.Errorf("register on demand: %w", goneOr(d, err))
+	}
+	d.GetNamed(holderPaged)
+	p := &Mapping{dev: d, lkey: mr.LKey(), rkey: mr.RKey(), iova: iova}
+	p.release = func(_ bool, done func(error)) { go deregister(d, mr, done) }
+	return p, nil
+}
+
+func (m *Manager) device(ctx context.Context, local netip.Addr) (*ibdev.Device, error) {
+	s, err := m.site(local)
+	if err != nil {
+		return nil, err
+	}
+	return s.device(ctx)
+}
+
+// goneOr is err, unless the device went away: that is then the reason.
+func goneOr(d *ibdev.Device, err error) error {
+	if d.Gone() {
+		return verbs.ErrDeviceGone
+	}
+	return err
+}
+
+// Map registers mem through the connection, for its peer: with a request of its queue where the device can. wait: it waits as
+// Register does at a bound. Errors as Register; ErrNotUp if there is no connection at this moment.
+func (c *Conn) Map(ctx context.Context, mem []byte, iova uint64, access verbs.Access, wait bool) (*Mapping, error) {
 	c.mu.Lock()
-	l, up := c.link, c.up
-	c.mu.Unlock()
-	if !up {
+	if !c.up {
+		c.mu.Unlock()
 		return nil, ErrNotUp
 	}
-	return registerPlain(l.Device(), mem, iova, access)
+	l, d := c.link, c.link.Device()
+	d.Get() // the link has one while it is up
+	c.mu.Unlock()
+	defer d.Put()
+	pm, err := l.Map(ctx, mrpool.Request{Segs: [][]byte{mem}, IOVA: iova, Access: access}, wait)
+	switch {
+	case errors.Is(err, mrpool.ErrQPLost):
+		l.Fail(err)
+		return nil, ErrNotUp
+	case err != nil:
+		return nil, err
+	}
+	return pooled(d, pm), nil
+}
+
+// pooled is a mapping of the pools'.
+func pooled(d *ibdev.Device, pm mrpool.Mapping) *Mapping {
+	m := &Mapping{dev: d, lkey: pm.LKey(), rkey: pm.RKey(), iova: pm.IOVA()}
+	m.release = func(prompt bool, done func(error)) {
+		give := pm.Free
+		if prompt {
+			give = pm.Unmap
+		}
+		if err := give(done); err != nil {
+			done(err)
+		}
+	}
+	return m
+}
+
+// FlushMemory returns when what was released before it was called is its owners' again, or ctx is done. May wait.
+func (m *Manager) FlushMemory(ctx context.Context) error {
+	m.mu.RLock()
+	sites := make([]*site, 0, len(m.sites))
+	for _, s := range m.sites {
+		sites = append(sites, s)
+	}
+	m.mu.RUnlock()
+	var errs []error
+	for _, s := range sites {
+		d, err := s.opened(ctx)
+		if err != nil {
+			return err
+		}
+		if d != nil {
+			errs = append(errs, d.Pools().Flush(ctx))
+			d.Put()
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // WaitUp waits until the connection is established, and starts that. It may go down again at any time. Errors: ErrClosed,
@@ -105,26 +188,7 @@ func (c *Conn) wakeUpWaitLocked() {
 	}
 }
 
-// registerPlain makes a region of its own.
-func registerPlain(d *ibdev.Device, mem []byte, iova uint64, access verbs.Access) (*Mapping, error) {
-	if d.Gone() {
-		return nil, verbs.ErrDeviceGone
-	}
-	mr, err := d.PD().RegMR(mem, iova, access)
-	if err != nil {
-		return nil, fmt.Errorf("register: %w", err)
-	}
-	return newMapping(d, mr, iova), nil
-}
-
-func newMapping(d *ibdev.Device, mr verbs.MR, iova uint64) *Mapping {
-	d.GetNamed(holderRegion)
-	m := &Mapping{dev: d, lkey: mr.LKey(), rkey: mr.RKey(), iova: iova}
-	m.release = func(_ bool, done func(error)) { go deregister(d, mr, done) }
-	return m
-}
-
-const holderRegion = "region"
+const holderPaged = "on-demand region"
 
 // deregister gives mr back however long its operations take: nothing may touch memory that its owner believes
 // to be its own again.
@@ -135,28 +199,21 @@ func deregister(d *ibdev.Device, mr verbs.MR, done func(error)) {
 		err = mr.Deregister()
 	}
 	done(err)
-	d.PutNamed(holderRegion)
+	d.PutNamed(holderPaged)
 }
 
 const deregisterRetry = 100 * time.Millisecond
 
-// RegisterPaged is Register for memory of which nothing is pinned. verbs.ErrNotSupported where the device cannot.
-func (m *Manager) RegisterPaged(ctx context.Context, local netip.Addr, mem verbs.PagedMemory, iova uint64, access verbs.Access) (*Mapping, error) {
-	s, err := m.site(local)
-	if err != nil {
-		return nil, err
+// opened is the device the address listens on, with a reference for the caller; nil: there is none. May wait.
+func (s *site) opened(ctx context.Context) (*ibdev.Device, error) {
+	select {
+	case s.open <- struct{}{}:
+		defer func() { <-s.open }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
 	}
-	d, err := s.device(ctx)
-	if err != nil {
-		return nil, err
+	if s.dev != nil {
+		s.dev.Get()
 	}
-	defer d.Put()
-	mr, err := d.PD().RegOnDemandMR(mem, iova, access)
-	if err != nil {
-		return nil, fmt.Errorf("register on demand: %w", err)
-	}
-	return newMapping(d, mr, iova), nil
+	return s.dev, nil
 }
-
-// FlushMemory returns when what was released before it was called is its owners' again, or ctx is done. May wait.
-func (m *Manager) FlushMemory(ctx context.Context) error { return nil }

@@ -3,6 +3,7 @@ package conn
 import (
 	"encoding/binary"
 	"errors"
+	"slices"
 
 	"github.com/openrds/openrds/conn/ib"
 	"github.com/openrds/openrds/internal/wire/rdshdr"
@@ -53,7 +54,7 @@ const (
 // reads reports whether the operation brings something here, which may come after what is sent behind it.
 func (o *op) reads() bool { return o.Opcode != verbs.OpWrite }
 
-// SendExtra is SendMsg for a datagram with an Extra. Further errors: ErrTooManyPieces.
+// SendExtra is SendMsg for a datagram with an Extra. Further errors: ErrTooManyPieces, verbs.ErrDeviceGone.
 func (c *Conn) SendExtra(owner Owner, srcPort, dstPort uint16, payload []byte, flags SendFlags, x Extra) error {
 	var s side
 	switch r := x.RDMA; {
@@ -288,6 +289,47 @@ func (q *sendQueue) cancelOp(seq uint64, r *released) {
 		s.op = nil
 		r.end(o, RDMACancelled)
 	}
+}
+
+// dropOps ends the operations of the address that wait for a device which is gone: their keys are of no use on any other.
+func (s *site) dropOps() {
+	s.mu.Lock()
+	conns := s.conns // appended to, or replaced
+	s.mu.Unlock()
+	for _, c := range conns {
+		c.dropOps()
+	}
+}
+
+func (c *Conn) dropOps() {
+	c.mu.Lock()
+	var seqs []uint64
+	for seq, s := range c.q.sides {
+		// One that is being copied is refused when it comes to be posted.
+		if s.op != nil && s.op.state == opQueued && s.op.r.Device.Gone() && c.q.msg(seq).flags&msgReady != 0 {
+			seqs = append(seqs, seq)
+		}
+	}
+	slices.Sort(seqs)
+	for len(seqs) > 0 {
+		var r released
+		n := 0
+		for ; n < min(len(seqs), len(r.runs)); n++ { // each may have another owner
+			s := c.q.sides[seqs[n]]
+			if s == nil || s.op == nil || s.op.state != opQueued {
+				continue
+			}
+			r.end(s.op, RDMADropped)
+			s.op = nil
+			c.q.cancel(seqs[n], &r)
+		}
+		seqs = seqs[n:]
+		c.emptyLocked()
+		c.mu.Unlock()
+		r.tell()
+		c.mu.Lock()
+	}
+	c.mu.Unlock()
 }
 
 // dropSide is for a message that leaves the queue.

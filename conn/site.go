@@ -270,6 +270,7 @@ func (s *site) recover() {
 	if err := s.drop(); err != nil {
 		m.log.Warn("listener of a removed device", "addr", s.addr, "err", err)
 	}
+	s.dropOps()
 	for {
 		d, err := m.cfg.Registry.Await(m.ctx, s.addr)
 		if err != nil {

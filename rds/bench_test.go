@@ -16,7 +16,7 @@ import (
 
 // nullLink takes everything and acknowledges in batches, as connections do.
 type nullLink struct {
-	fakeLink // for what it has not
+	fakeLink       // for what it has not
 	pending, bytes int
 }
 

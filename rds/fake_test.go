@@ -168,10 +168,14 @@ func (l *fakeLink) SendExtra(o conn.Owner, srcPort, dstPort uint16, payload []by
 	return l.SendMsg(o, srcPort, dstPort, payload, flags)
 }
 
-func (l *fakeLink) Map([]byte, uint64, verbs.Access) (*conn.Mapping, error) {
+func (l *fakeLink) Map(context.Context, []byte, uint64, verbs.Access, bool) (*conn.Mapping, error) {
 	return nil, conn.ErrNotUp
 }
-func (l *fakeLink) WaitUp(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
+
+func (l *fakeLink) WaitUp(ctx context.Context) error {
+	<-ctx.Done()
+	return ctx.Err()
+}
 
 func (l *fakeLink) Flush() {
 	l.tr.mu.Lock()

@@ -68,7 +68,7 @@ func (l *localLink) SendExtra(o conn.Owner, srcPort, dstPort uint16, payload []b
 }
 
 // Map is not called: memory for a peer in this Service is registered as for any.
-func (l *localLink) Map([]byte, uint64, verbs.Access) (*conn.Mapping, error) {
+func (l *localLink) Map(context.Context, []byte, uint64, verbs.Access, bool) (*conn.Mapping, error) {
 	return nil, verbs.ErrNotSupported
 }
 

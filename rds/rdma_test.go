@@ -155,7 +155,7 @@ func TestRDMARequest(t *testing.T) {
 				for _, size := range []int{1, 100, 4096, 70000, 1 << 20} {
 					for _, request := range []int{0, 16, 3000, 50000} {
 						mem := make([]byte, size+33)[33:]
-						r, err := hand(p.client, Message{Peer: p.server.AddrPort(), Data: payload(request, 7)}, mem, RegionOptions{UseOnce: true})
+						r, err := hand(p.client, Message{Peer: p.server.AddrPort(), Data: payload(request, 7)}, mem, RegionOptions{UseOnce: true, Invalidate: true})
 						if err != nil {
 							t.Fatal(err)
 						}
@@ -176,8 +176,9 @@ func TestRDMARequest(t *testing.T) {
 						if err := r.Err(); !errors.Is(err, ErrStaleCookie) {
 							t.Errorf("the region was used, and is %v", err)
 						}
-						src.Close()
-						waitDone(t, src)
+						if err := src.Invalidate(bg()); err != nil {
+							t.Fatal(err)
+						}
 					}
 				}
 				if st := p.client.svc.Stats(); st.RecvUsedOnce != 20 || st.RecvUnknownKey != 0 {
@@ -573,8 +574,8 @@ func TestUsedOnceLies(t *testing.T) {
 		p := newRDMAPair(t, "open", Config{})
 		svc, s := p.client.svc, p.client
 		other := bind(t, svc, ap(addrA, 4001))
-		lasting, foreign, once := mustRegister(t, s, 8, RegionOptions{}), mustRegister(t, other, 8, RegionOptions{UseOnce: true}), mustRegister(t, s, 8, RegionOptions{UseOnce: true})
-		forC, err := s.RegisterRegionFor(bg(), p.server.AddrPort(), make([]byte, 8), RegionOptions{UseOnce: true})
+		lasting, foreign, once := mustRegister(t, s, 8, RegionOptions{}), mustRegister(t, other, 8, RegionOptions{UseOnce: true}), mustRegister(t, s, 8, RegionOptions{UseOnce: true, Invalidate: true})
+		forC, err := s.RegisterRegionFor(bg(), p.server.AddrPort(), make([]byte, 8), RegionOptions{UseOnce: true, Invalidate: true})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -623,7 +624,13 @@ func TestRegionMemory(t *testing.T) {
 			if err := r.Invalidate(bg()); err != nil {
 				t.Fatal(err)
 			}
-			waitDone(t, src)
+			time.Sleep(10 * time.Millisecond) // for the end of the operation
+			if isDone(src) {
+				t.Error("a region that was freed without invalidation was given back at once")
+			}
+			if err := p.server.svc.FlushRegions(bg()); err != nil || !isDone(src) {
+				t.Errorf("flushed: %v, given back: %v", err, isDone(src))
+			}
 		}
 		p.close(t)
 	})

@@ -150,7 +150,7 @@ func (s *Socket) registerFor(ctx context.Context, addr netip.AddrPort, tos uint8
 			if p != nil || d.isLocal() {
 				return s.svc.tr.Register(ctx, s.la.addr, mem, p, iova, access)
 			}
-			return d.link.Map(mem, iova, access)
+			return d.link.Map(ctx, mem, iova, access, wait)
 		})
 		if !errors.Is(err, ErrNotReady) || !wait {
 			return r, err
@@ -447,5 +447,5 @@ func (s *Socket) used(from netip.Addr, rkey uint32) {
 }
 
 // FlushRegions returns when the memory of all regions of this Service that were freed before it was called is the
-// application's again (RDS_FREE_MR with cookie 0), or ctx is done.
+// application's again (RDS_FREE_MR with cookie 0), except what operations of ours are at work on, or ctx is done.
 func (svc *Service) FlushRegions(ctx context.Context) error { return svc.tr.FlushMemory(ctx) }

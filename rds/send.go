@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/openrds/openrds/conn"
+	"github.com/openrds/openrds/verbs"
 )
 
 // MaxMessageSize is the longest datagram in bytes (rds-protocol spec 1.1).
@@ -131,8 +132,11 @@ func refusalOf(err error) refusal {
 
 // finalError gives a connection's reason the names of this package.
 func finalError(err error) error {
-	if err == conn.ErrTooManyPieces {
+	switch err {
+	case conn.ErrTooManyPieces:
 		return fmt.Errorf("%w: %w", ErrRegionTooLarge, err)
+	case verbs.ErrDeviceGone:
+		return ErrDeviceGone
 	}
 	return err
 }

@@ -37,15 +37,15 @@ type transport interface {
 	Close(ctx context.Context) (abandoned int, err error)
 }
 
-// link is what a Socket needs to send to one host: a *conn.Conn or a localLink. No method but WaitUp waits.
+// link is what a Socket needs to send to one host: a *conn.Conn or a localLink. No method but WaitUp and Map waits.
 type link interface {
 	// SendMsg queues a copy of payload. o.Released tells of its end.
 	SendMsg(o conn.Owner, srcPort, dstPort uint16, payload []byte, flags conn.SendFlags) error
 	// SendExtra is SendMsg with an operation or a cookie. The operation's owner is not told if it fails.
 	SendExtra(o conn.Owner, srcPort, dstPort uint16, payload []byte, flags conn.SendFlags, x conn.Extra) error
-	// Map gives the peer a key to mem. conn.ErrNotUp if there is no connection at this moment.
-	Map(mem []byte, iova uint64, access verbs.Access) (*conn.Mapping, error)
-	// WaitUp waits until there is a connection. It is the one method that waits.
+	// Map gives the peer a key to mem. conn.ErrNotUp if there is no connection at this moment. It waits only if told so.
+	Map(ctx context.Context, mem []byte, iova uint64, access verbs.Access, wait bool) (*conn.Mapping, error)
+	// WaitUp waits until there is a connection. May wait.
 	WaitUp(ctx context.Context) error
 	// Flush sends what still waits for company. Callers that are about to wait call it.
 	Flush()

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"sync"
 	"time"
 
 	"go.uber.org/atomic"
@@ -12,6 +13,7 @@ import (
 	"github.com/openrds/openrds/ibdev"
 	"github.com/openrds/openrds/internal/slab"
 	"github.com/openrds/openrds/internal/wire/rdshdr"
+	"github.com/openrds/openrds/mrpool"
 	"github.com/openrds/openrds/verbs"
 )
 
@@ -66,6 +68,9 @@ const (
 	// BatchMax is how many SENDs one Post takes.
 	BatchMax = 16
 	maxSGE   = 3 // of a SEND
+	// poolWRs are the requests that map memory which may be outstanding. With a ring of 64 and the marker they fill a
+	// power of two.
+	poolWRs = 63
 )
 
 // Work request IDs: the link's number in the upper half, of 31 bits, since bit 63 is the pools' (package mrpool); below it the
@@ -101,6 +106,10 @@ type Link struct {
 
 	opSGE int // SGEs of an Op's requests
 
+	poolMu     sync.Mutex
+	poolClosed bool                      // guarded by poolMu
+	pool       atomic.Pointer[mrpool.QP] // made when memory is first mapped here, closed with the link; written under poolMu
+
 	// The transmitter's.
 	wrs  [BatchMax]verbs.SendWR
 	sges [BatchMax * maxSGE]verbs.SGE
@@ -111,6 +120,7 @@ type slot struct {
 	kind   Kind
 	chunks [2]*slab.Chunk // referenced until the completion
 	op     *Op            // of a oneSided one
+	mark   uint32         // of a signaled one: the pool's requests before it
 }
 
 func (l *Link) slot(i uint32) *slot { return &l.slots[int(i)&(l.cfg.Ring-1)] }
@@ -155,8 +165,8 @@ func NewLink(dev *ibdev.Device, mem *slab.Slab, cfg Config, num uint32, up Upper
 		return nil, fmt.Errorf("header slots: %w", err)
 	}
 	l.hdrs, l.hmem = hdrs, hdrs.Bytes()
-	// One more than the ring: the marker.
-	l.qp, err = dev.CreateQP(ibdev.QPConfig{MaxSendWR: cfg.Ring + 1, MaxSendSGE: max(maxSGE, l.opSGE), Recv: cfg.Recv}, l)
+	// One more than the ring: the marker. And what maps memory.
+	l.qp, err = dev.CreateQP(ibdev.QPConfig{MaxSendWR: cfg.Ring + 1 + poolWRs, MaxSendSGE: max(maxSGE, l.opSGE), Recv: cfg.Recv}, l)
 	if err != nil {
 		hdrs.Put()
 		return nil, err
@@ -299,6 +309,9 @@ func (l *Link) Post(sends []Send) (int, error) {
 			l.acks.Inc()
 		}
 	}
+	if p := l.pool.Load(); p != nil && len(sends) > 0 {
+		l.slot(h + uint32(len(sends)-1)).mark = p.Mark()
+	}
 	l.dataHead.Add(data)
 	l.head.Store(h + uint32(len(sends)))
 	n, err := l.qp.PostSend(l.wrs[:len(sends)])
@@ -312,6 +325,10 @@ func (l *Link) Post(sends []Send) (int, error) {
 
 // SendWC implements ibdev.QPHandler.
 func (l *Link) SendWC(wc *verbs.WC) {
+	if wc.ID&mrpool.WRBit != 0 {
+		l.poolWC(wc)
+		return
+	}
 	if wc.ID>>32<<32 != l.num {
 		l.cfg.Stats.Stale.Inc()
 		return
@@ -326,6 +343,9 @@ func (l *Link) SendWC(wc *verbs.WC) {
 	if n > l.head.Load()-t {
 		l.fail(fmt.Errorf("completion of send %d, which is not in flight", uint32(wc.ID)))
 		return
+	}
+	if p := l.pool.Load(); p != nil && wc.Status == verbs.WCSuccess {
+		p.Passed(l.slot(t + n - 1).mark)
 	}
 	l.reclaim(t, n, wc.Status, false)
 	if wc.Status != verbs.WCSuccess {
@@ -459,8 +479,19 @@ func (l *Link) Close(timeout time.Duration) error {
 			errs = append(errs, fmt.Errorf("no marker within %v: %w", timeout, verbs.ErrTimeout))
 		}
 	}
-	// 5. Destroy the QP, and poll once more: no handler is in the middle of anything of ours after that.
+	// 5. Destroy the QP, and poll once more: no handler is in the middle of anything of ours after that. Memory that was mapped
+	// here goes to others, or stays mapped where the device lets it.
+	dev := l.qp.Device()
+	dev.Get()
+	defer dev.Put()
 	errs = append(errs, l.qp.Close())
+	l.poolMu.Lock()
+	l.poolClosed = true
+	p := l.pool.Load()
+	l.poolMu.Unlock()
+	if p != nil {
+		p.Close()
+	}
 	// 6. What never completed: sends the QP did not take, and everything if the marker did not come.
 	t := l.tail.Load()
 	l.reclaim(t, l.head.Load()-t, verbs.WCFlushErr, true)
