@@ -275,6 +275,15 @@ func (s *faultState) again(p psn.PSN) bool {
 	return s.tries <= maxFaultTries
 }
 
+// enough is how many of the n bytes that packet p is about have to be there at once: all, until that has failed a
+// few times, then what fits a packet. So a READ comes through memory that is being taken away all the time.
+func (s *faultState) enough(p psn.PSN, n, pmtu uint32) uint32 {
+	if s.tries >= 4 && s.at == p {
+		return min(n, pmtu)
+	}
+	return n
+}
+
 // restOf lists, referenced, what the list has in on-demand regions from byte off on.
 func restOf(sgs []sge, off uint32, write bool) (out []faultSpan) {
 	for i := range sgs {
@@ -350,6 +359,11 @@ func (d *device) waitRX(q *qp, p psn.PSN, write bool, spans []faultSpan) verdict
 		return refused
 	default:
 		s.waiting = true
+		q.faultWait = faultWaitBase
+		for _, x := range spans {
+			q.faultWait += time.Duration(x.n>>x.m.paged.table.shift+1) * faultWaitPage
+		}
+		q.faultWait = min(q.faultWait, faultWaitMax)
 		d.raise(q, false, write, spans)
 	}
 	return absent
@@ -369,9 +383,23 @@ func (d *device) wakeRX(q *qp) {
 	d.kick(q)
 }
 
-// RNR codes by how often the peer has been told since an acknowledgement (rocev2 spec 3.8): from 0.16 ms, in which a
-// megabyte comes in from the page cache, doubling to 164 ms.
-var faultRNRCodes = [...]uint8{8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28}
+// How long a peer is told to wait for pages: first what they take from the page cache (a fault costs 20 us, a page 1),
+// then double that each time it comes and they are still not in.
+const (
+	faultWaitBase = 20 * time.Microsecond
+	faultWaitPage = time.Microsecond
+	faultWaitMax  = 160 * time.Millisecond
+)
+
+// rnrCode is the code of the shortest RNR timer of at least d (rocev2 spec 3.8).
+func rnrCode(d time.Duration) uint8 {
+	for c := uint8(1); c < 32; c++ {
+		if roce.RNRTimer(c) >= d {
+			return c
+		}
+	}
+	return 0 // the longest
+}
 
 // notReady tells the peer that packet p, at epsn, cannot be taken yet.
 //
@@ -390,7 +418,8 @@ func (d *device) notReady(q *qp, p psn.PSN) {
 		d.stats.add(cODPHeld, 1)
 		return
 	}
-	code := faultRNRCodes[min(q.rnrTold, len(faultRNRCodes)-1)]
+	code := rnrCode(q.faultWait)
+	q.faultWait = min(2*q.faultWait, faultWaitMax)
 	q.rnrTold++
 	d.stats.add(cRNRSent, 1)
 	d.sendAck(q, roce.SynRNR|code, p)

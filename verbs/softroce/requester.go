@@ -366,7 +366,7 @@ func (d *device) emitRequest(q *qp, w *swqe, k int, ack bool) verdict {
 	case verbs.OpRead, verbs.OpReadWithInv:
 		rem := uint32(min(uint64(w.total), uint64(w.chunkEnd(k))*uint64(q.pmtu)) - uint64(off))
 		if w.indirect {
-			if _, _, v := d.translate(w.sgs, off, rem, true); v != granted {
+			if _, _, v := d.translate(w.sgs, off, q.txFault.enough(p, rem, uint32(q.pmtu)), true); v != granted {
 				return v // what comes could not be placed
 			}
 		}

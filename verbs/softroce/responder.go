@@ -46,6 +46,8 @@ type responder struct {
 	held    bool  // the packet at epsn was dropped without a word, to be asked for when its page is there
 	peerRNR uint8 // RNR NAKs the peer bears (its rnr_retry), as far as is known
 	rnrTold int   // RNR NAKs sent since an acknowledgement
+	// faultWait is how long the peer is told to wait when it comes for the packet of rxFault.
+	faultWait time.Duration
 }
 
 // pendingNAK is a fatal NAK that waits for the answers before it.
@@ -323,7 +325,7 @@ func (d *device) recvRead(q *qp, pk *roce.Packet, p psn.PSN) {
 		case m == nil:
 			v = refused
 		case m.paged != nil:
-			if v = m.paged.table.look(off, uint64(r.Len()), false); v == absent {
+			if v = m.paged.table.look(off, uint64(q.rxFault.enough(p, r.Len(), uint32(q.pmtu))), false); v == absent {
 				v = d.pauseRemote(q, p, r.RKey(), r.VA(), r.Len(), verbs.AccessRemoteRead)
 			}
 		}
