@@ -403,6 +403,53 @@ func TestReadsInRuns(t *testing.T) {
 	}
 }
 
+// TestReadsShareWindow: what our own requests have under way towards a peer, READ responses leave room for.
+func TestReadsShareWindow(t *testing.T) {
+	script(t, func(tc *testContext) {
+		const cost = 256 + pktOverhead
+		if err := tc.qp.Modify(verbs.QPAttr{SendWindow: 100 * cost}, verbs.QPSendWindowBit); err != nil {
+			t.Fatal(err)
+		}
+		read := func(k, n int) {
+			tc.write(roce.RCReadRequest, rx(k), true, reth(testIOVA, tc.mr.RKey(), uint32(n*256)), nil)
+		}
+		next := 0
+		run := func(want int) {
+			t.Helper()
+			if n := tc.drain(); n != want {
+				t.Fatalf("%d responses, want %d", n, want)
+			}
+			next += want
+			time.Sleep(readGapMin)
+			synctest.Wait()
+		}
+		read(0, 110)
+		run(100)
+		run(10)
+		for i := range 60 {
+			tc.post(send(uint64(i), tc.sge(0, 256)))
+		}
+		tc.drain()
+		read(next, 50)
+		run(40)
+		run(10)
+		tc.ack(59)
+		for i := range 60 {
+			tc.wantWC("", uint64(i), verbs.WCSuccess)
+		}
+		read(next, 100)
+		run(100)
+		for i := range 45 {
+			tc.post(send(uint64(i), tc.sge(0, 512)))
+		}
+		tc.drain()
+		read(next, 2*readRunMin)
+		run(readRunMin) // never none at all: two that wait for each other would wait for ever
+		run(readRunMin)
+		tc.ack(60 + 89)
+	})
+}
+
 // TestReadPauses: a kernel asks for a megabyte at once. It gets runs of 128 packets with pauses between them,
 // longer ones when it has had to ask again.
 func TestReadPauses(t *testing.T) {

@@ -27,6 +27,8 @@ func FuzzPacket(f *testing.F) {
 	f.Add([]byte{0, byte(roce.RCAck), 0, 0x1f, 0, 0, byte(roce.RCAck), 2, 0x60, 0, 0, byte(roce.RCAck), 1, 0x21, 0})
 	f.Add([]byte{0, byte(roce.RCReadRespOnly), 3, 0x1f, 200, 0, byte(roce.RCAtomicAck), 4, 0x1f, 0})
 	f.Add([]byte{1, byte(roce.RCSendOnly), 0, 9, 3, 7, 2, 0x64, 0, 0, 0, 1})
+	f.Add([]byte{0, byte(roce.RCReadRequest), 0, 0x10, 200, 0, byte(roce.RCSendOnlyInv), 0, 0x10, 9, 0, 0, byte(roce.RCReadRequest), 0xff, 0x10, 200, 0})
+	f.Add([]byte{0, byte(roce.RCWriteFirst), 0, 0x20, 3, 0, 0, byte(roce.RCWriteMiddle), 0, 0, 0, 0, 0, byte(roce.RCSendOnlyInv), 0, 0x20, 9, 0})
 	f.Fuzz(func(t *testing.T, in []byte) {
 		n := &scriptNet{}
 		tc := hostileContext(t, n)
@@ -61,7 +63,9 @@ func hostilePacket(tc *testContext, kind byte, op roce.Opcode, p psn.PSN, arg by
 	ext := make([]byte, info.HdrLen-roce.BTHLen)
 	switch {
 	case info.Flags&(roce.FlagRETH|roce.FlagAtomicETH) != 0:
-		roce.PutRETH(ext, testIOVA+uint64(arg&3)*(1<<19), uint32(tc.mr.RKey())^uint32(arg>>6), uint32(size)<<(arg&15))
+		roce.PutRETH(ext, testIOVA+uint64(arg&3)*(1<<19), hostileKey(tc, arg), uint32(size)<<(arg&15))
+	case info.Flags&roce.FlagInv != 0:
+		roce.PutIETH(ext, hostileKey(tc, arg))
 	case info.Flags&roce.FlagAETH != 0:
 		ext[0] = arg
 	}
@@ -83,8 +87,13 @@ func hostilePacket(tc *testContext, kind byte, op roce.Opcode, p psn.PSN, arg by
 	return b
 }
 
-// hostileContext has a SEND, a READ and an atomic outstanding, receives posted and every remote right
-// granted.
+// hostileKey is one of the keys there are, or one close by.
+func hostileKey(tc *testContext, arg byte) uint32 {
+	return uint32(tc.keys[int(arg>>4&3)%len(tc.keys)]) ^ uint32(arg>>6)
+}
+
+// hostileContext has a SEND, a READ and an atomic outstanding, and a SEND from a region that is to be freed behind
+// it; receives posted, also into that region, a window bound, and every remote right granted.
 func hostileContext(t *testing.T, n *scriptNet) *testContext {
 	tc := newTestContextOn(t, Config{GiveUp: 1 << 40}, n)
 	tc.postRecv(verbs.RecvWR{ID: 1, SGs: tc.sge(0, 300)}, verbs.RecvWR{ID: 2, SGs: tc.sge(300, 1000)}, verbs.RecvWR{ID: 3}, verbs.RecvWR{ID: 4, SGs: tc.sge(0, 100)})
@@ -96,6 +105,17 @@ func hostileContext(t *testing.T, n *scriptNet) *testContext {
 	}); err != nil {
 		t.Fatal(err)
 	}
+	r, w := tc.fast(2), tc.window(verbs.MWType2A)
+	reg := r.reg(9, accessAll)
+	reg.FastReg.IOVA = testIOVA
+	bind := bindWR(10, w, tc.mr, testIOVA, 1<<19, accessRemote)
+	from := []verbs.SGE{{Addr: testIOVA, Length: 700, LKey: verbs.LKey(r.key)}}
+	if _, err := tc.qp.PostSend([]verbs.SendWR{reg, bind, send(11, from), r.inv(12)}); err != nil {
+		t.Fatal(err)
+	}
+	tc.postRecv(verbs.RecvWR{ID: 13, SGs: from})
+	tc.keys = []verbs.RKey{tc.mr.RKey(), r.key, bind.Bind.Key}
+	tc.more = append(tc.more, func() error { r.free(); return nil }, w.Dealloc)
 	return tc
 }
 

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -124,6 +125,8 @@ type testContext struct {
 	mr   verbs.MR
 	peer netip.AddrPort
 	flow roce.Flow
+	keys []verbs.RKey   // for a hostile peer to choose from
+	more []func() error // what close ends after the QP
 }
 
 const (
@@ -195,7 +198,7 @@ func (tc *testContext) connect() {
 
 func (tc *testContext) close() {
 	tc.t.Helper()
-	for _, c := range []func() error{tc.qp.Close, tc.mr.Deregister, tc.pd.Close, tc.cq.Close, tc.dev.Close} {
+	for _, c := range slices.Concat([]func() error{tc.qp.Close}, tc.more, []func() error{tc.mr.Deregister, tc.pd.Close, tc.cq.Close, tc.dev.Close}) {
 		if err := c(); err != nil {
 			tc.t.Error(err)
 		}
