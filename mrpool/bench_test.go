@@ -15,7 +15,7 @@ const (
 )
 
 func benchStack(b *testing.B) *testStack {
-	s := newStack(softroce.New(softroce.Config{}), "127.0.0.41", "127.0.0.42")
+	s := newStack(softroce.New(softroce.Config{}), "127.0.6.1", "127.0.6.2")
 	s.pool, s.extra = benchPool, benchSends
 	if err := s.open(); err != nil {
 		b.Fatal(err)

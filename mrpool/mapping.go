@@ -91,6 +91,7 @@ func (m Mapping) giveBack(to state, done func(error)) error {
 	if !it.move(m.gen, stMapped, to) {
 		return m.giveBackLost(done)
 	}
+	q := it.q // once the item is handed on, it is somebody else's
 	it.gaveBack()
 	it.done = done
 	p.used.Dec()
@@ -98,13 +99,15 @@ func (m Mapping) giveBack(to state, done func(error)) error {
 	case it.kind == byRegistration:
 		it.unuse()
 	case to == stFreed:
-		// A queue that is lost meanwhile has flushed, or is about to, what is on the dirty list then.
-		p.setAside(it, it.q.lost())
+		p.setAside(it, false)
+		if q.lost() { // else it flushes when it is
+			p.flush.kick()
+		}
 	case it.isGone():
 		p.settle(it, nil)
 		p.putFree(it)
-	case it.q.enqueue(it):
-		it.q.pump()
+	case q.enqueue(it):
+		q.pump()
 	default:
 		p.doom(it)
 	}
@@ -122,8 +125,10 @@ func (m Mapping) giveBackLost(done func(error)) error {
 		if done != nil {
 			it.dones = append(it.dones, done)
 		}
+		it.gaveBack()
 		p.mu.Unlock()
 	case it.move(m.gen, stDead, stEmpty):
+		it.gaveBack()
 		p.mu.Unlock()
 		p.putEmpty(it)
 		if done != nil {
@@ -135,7 +140,6 @@ func (m Mapping) giveBackLost(done func(error)) error {
 		it.misused("Unmap")
 		return fmt.Errorf("unmap: key %#x: %w", m.rkey, ErrNotMapped)
 	}
-	it.gaveBack()
 	p.used.Dec()
 	p.ps.ref.Put()
 	return nil
