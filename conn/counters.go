@@ -123,11 +123,7 @@ func (m *Manager) Stats() Stats {
 		DevicesLost:          k.devicesLost.Load(),
 		DevicesBack:          k.devicesBack.Load(),
 	}
-	for _, d := range m.cfg.Registry.Devices() {
-		ds := d.Stats()
-		s.IBTxCQEvent += ds.SendCompletions
-		s.IBRxCQEvent += ds.RecvCompletions
-	}
+	s.IBTxCQEvent, s.IBRxCQEvent = m.cfg.Registry.Completions()
 	for _, c := range m.conns() {
 		c.mu.Lock()
 		s.SendQueued += c.sendQueued

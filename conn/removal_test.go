@@ -127,6 +127,9 @@ func TestWithoutDevice(t *testing.T) {
 		if s.ConnectAttempts != before.ConnectAttempts || s.ConnectFailed != before.ConnectFailed || s.PeersDown != 0 {
 			t.Errorf("without a device: %d attempts, %d failed, %d peers reported down", s.ConnectAttempts-before.ConnectAttempts, s.ConnectFailed, s.PeersDown)
 		}
+		if s.IBTxCQEvent == 0 || s.IBRxCQEvent == 0 {
+			t.Error("running totals went with the device")
+		}
 		if s.DevicesLost != 1 || s.DevicesBack != 0 {
 			t.Errorf("%d devices lost, %d back", s.DevicesLost, s.DevicesBack)
 		}

@@ -78,6 +78,7 @@ type Registry struct {
 	live    map[*Device]struct{}         // not yet torn down, in the table or not
 	absent  map[netip.Addr]chan struct{} // closed when a device may have appeared: see Await
 	closed  bool
+	past    [2]uint64 // completions, of sends and of receives, of devices that are gone
 
 	watch     sync.Once
 	unwatched bool     // a provider does not tell when its devices come; written in watch
@@ -362,6 +363,8 @@ func (r *Registry) freeLocked(d *Device) {
 func (r *Registry) forget(d *Device) {
 	r.mu.Lock()
 	delete(r.live, d)
+	r.past[0] += d.stats.sendCompletions.Load()
+	r.past[1] += d.stats.recvCompletions.Load()
 	r.freeLocked(d)
 	r.mu.Unlock()
 }
@@ -369,6 +372,19 @@ func (r *Registry) forget(d *Device) {
 // Devices are the devices of this moment, for statistics and for Progress. They carry no references:
 // the caller reads counters, nothing else.
 func (r *Registry) Devices() []*Device { return slices.Clone(r.table.Load().all) }
+
+// Completions are running totals of all devices there have been: of completions polled by the send side and by the receive
+// side.
+func (r *Registry) Completions() (send, recv uint64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	send, recv = r.past[0], r.past[1]
+	for d := range r.live {
+		send += d.stats.sendCompletions.Load()
+		recv += d.stats.recvCompletions.Load()
+	}
+	return send, recv
+}
 
 // Progress calls Progress of every device, and reports whether any had something to do.
 func (r *Registry) Progress() bool {
