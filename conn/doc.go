@@ -5,6 +5,7 @@
 // of service). It delivers to a [Sink] and accounts to [Owner]s; it knows port numbers, not sockets.
 //
 //	state.go     the states and their one way of moving
+//	site.go      a local address: its device and listener, without a device the wait for one; congestion maps
 //	control.go   connect, accept, shut down, back off: one goroutine, only while there is such work
 //	accept.go    requests of peers; duels
 //	sendq.go     messages accepted and not acknowledged, in slab chunks
@@ -12,7 +13,6 @@
 //	transmit.go  the transmitter of the moment
 //	receive.go   headers, duplicates, reassembly, delivery
 //	ack.go       acknowledgements, both ways
-//	cong.go      congestion maps, both ways
 //	ping.go      pings, pongs, heartbeats
 //	peer.go      what the connections of a pair of hosts share
 //	conn/ib      one QP of a connection: handshake, posting, drain

@@ -9,8 +9,16 @@
 // # References
 //
 // Lookup happens inside an epoch: enter, read the table, TryGet, exit. Each QP holds a reference to
-// its device, each listener of ours one, the registry one. The last Put may come from a completion handler and
+// its device, each listener of ours one, each memory region in use one, the registry one. References have names, and
+// audits (Registry.Close, Device.Close) say who holds what. The last Put may come from a completion handler and
 // therefore only schedules the teardown, which has a goroutine of its own.
+//
+// # Removal
+//
+// A device that was unplugged, has failed or is closed leaves the table at once; whoever asked for it is told (OnRemove), then
+// the QPs; then the registry gives up its reference. Users let go in their own time, and the teardown follows the last of them.
+// The address can be opened again before that if the device is really gone, and after it if it only failed.
+// Await waits for a device to appear, by news of its provider.
 //
 // # Memory
 //
@@ -20,7 +28,7 @@
 //
 // # Limitations
 //
-// Devices are not removed while they work, except for a fatal asynchronous event, which takes the device out of the
-// table. Shared receive queues grow and do not shrink below what they grew to, although
-// buffers that were lent beyond that go back to the slab.
+// Shared receive queues grow and do not shrink below what they grew to, although
+// buffers that were lent beyond that go back to the slab. Counters of a device go with it, except for
+// Registry.Completions.
 package ibdev

@@ -22,6 +22,12 @@
 // timers, let requesters send, call handlers of CQs with news, send acknowledgements; everything
 // that leaves in one step leaves in as few system calls as the sizes allow.
 //
+// # Devices that come and go
+//
+// Provider.Remove and Add take the device of an address away and give it back. On the network of the host, while somebody
+// watches (Provider.WatchDevices), an interface that goes down or an address that is deleted does the same. See
+// watch.go for what becomes of a removed device.
+//
 // # Limitations
 //
 // One port, P_Key 0xFFFF, no LAP/APR, no UC, no XRC. IPv4 peers that send without DF are dropped (their ICRC cannot be told from
