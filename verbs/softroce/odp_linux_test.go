@@ -2,8 +2,10 @@ package softroce
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -522,5 +524,61 @@ func BenchmarkScatter(b *testing.B) {
 				scatter(l, 0, src[:n])
 			}
 		})
+	}
+}
+
+// TestPeerRNRRetry connects by CM: each side's responder knows what the peer's QP bears, which is what it was told.
+func TestPeerRNRRetry(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	p := New(Config{})
+	var dev [2]verbs.Device
+	var qps [2]*qp
+	for i, addr := range []string{"127.0.0.43", "127.0.0.44"} {
+		d, err := p.OpenDevice(netip.MustParseAddr(addr))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer d.Close()
+		pd, err := d.AllocPD()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer pd.Close()
+		c, err := d.CreateCQ(verbs.CQConfig{Depth: 8})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		q, err := pd.CreateQP(verbs.QPConfig{Type: verbs.RC, SendCQ: c, RecvCQ: c})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer q.Close()
+		dev[i], qps[i] = d, q.(*qp)
+	}
+	accepted := make(chan error, 1)
+	l, err := dev[1].Listen(18635, func(r verbs.ConnRequest) {
+		_, err := r.Accept(ctx, qps[1], verbs.ConnParam{RNRRetryCount: 2, RetryCount: 6}, nil)
+		accepted <- err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	if _, _, err := dev[0].Connect(ctx, netip.MustParseAddrPort("127.0.0.44:18635"), qps[0], verbs.ConnParam{RNRRetryCount: 5, RetryCount: 6}, nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-accepted; err != nil {
+		t.Fatal(err)
+	}
+	for i, q := range qps {
+		other := qps[1-i].Query()
+		q.dev.role.Lock()
+		got := q.peerRNR
+		q.dev.unlockRole()
+		if want := [...]uint8{5, 2}[i]; got != want || other.RNRRetry != want {
+			t.Errorf("side %d believes its peer bears %d RNR NAKs; it bears %d, and was told %d", i, got, other.RNRRetry, want)
+		}
 	}
 }
