@@ -500,6 +500,7 @@ func (l *lab) pairOf(a, b *end) *pair {
 func (l *lab) deaf() *pair {
 	l.Helper()
 	k := l.link()
+	k.timeout = 18 // 8.6 s: longer than a busy machine takes from here to hears
 	p := &pair{l: l, a: l.a.newEnd(k.cfgA), b: l.b.newEnd(k.cfgB), link: k}
 	p.toInit(p.a)
 	p.toInit(p.b)
