@@ -255,10 +255,9 @@ func TestOnDemandActs(t *testing.T) {
 							acted.Add(1)
 						}
 					})
-					errs := 0
 					status := verbs.WCSuccess
 					end := time.Now().Add(60 * time.Millisecond)
-					for i := 0; errs == 0 && (time.Now().Before(end) || act.gone); i++ {
+					for i := 0; time.Now().Before(end) || act.gone; i++ {
 						// Ten pages from somewhere: across the hole, or beside it.
 						at := (i * 7 % (pages - 10)) * tp.ps
 						wr := tp.rdma(op, at, at, 10*tp.ps)
@@ -269,7 +268,6 @@ func TestOnDemandActs(t *testing.T) {
 						}
 						wc := tp.do(t, wr)
 						if status = wc.Status; status != verbs.WCSuccess {
-							errs++
 							break
 						}
 						if op == verbs.OpSend {
