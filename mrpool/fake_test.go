@@ -258,6 +258,9 @@ func (q *fakeQP) PostSend(wrs []verbs.SendWR) (int, error) {
 	defer q.mu.Unlock()
 	q.pd.mu.Lock()
 	defer q.pd.mu.Unlock()
+	if q.gone {
+		return 0, verbs.ErrClosed
+	}
 	if q.refuses {
 		q.refused++
 		return 0, errFault

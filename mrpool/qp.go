@@ -361,7 +361,7 @@ func (q *QP) pump() {
 
 // tryPump is pump for who tries again. It reports false if the queue refused.
 func (q *QP) tryPump() bool {
-	for q.ready() && q.post.TryLock() {
+	for look := q.queued.Load() > 0; look && q.post.TryLock(); look = q.ready() {
 		ok := q.postPending()
 		q.post.Unlock() // and look again: who tried in vain meanwhile has gone
 		if !ok {
@@ -406,6 +406,9 @@ func (q *QP) postPending() bool {
 		q.filled.Store(first + uint32(n))
 		got, err := q.qp.PostSend(q.wrs[:n])
 		q.posted.Store(first + uint32(got))
+		if err == nil && q.queued.Load() == 0 {
+			return true
+		}
 		if err == nil {
 			continue
 		}

@@ -83,7 +83,7 @@ func TestStress(t *testing.T) {
 					m, err = r.ps.Register(ctx, req.Segs[0], 0, rw)
 				}
 				if err != nil {
-					if !errors.Is(err, ErrPoolExhausted) && !errors.Is(err, ErrQueueFull) && !errors.Is(err, ErrQPLost) {
+					if !errors.Is(err, ErrPoolExhausted) && !errors.Is(err, ErrQueueFull) && !errors.Is(err, ErrQPLost) && !errors.Is(err, verbs.ErrClosed) {
 						t.Errorf("map: %v", err)
 					}
 					continue
