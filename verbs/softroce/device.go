@@ -192,7 +192,7 @@ type device struct {
 	mu             sync.Mutex
 	srqs           map[*srq]struct{}
 	nPD, nCQ, nSRQ int
-	removed        bool
+	removed        atomic.Bool // written under mu
 	closed         bool
 	events         asyncQueue
 }
@@ -306,7 +306,7 @@ func (d *device) addChild(n *int, limit int) error {
 	switch {
 	case d.closed:
 		return verbs.ErrClosed
-	case d.removed:
+	case d.removed.Load():
 		return verbs.ErrDeviceGone
 	}
 	if *n >= limit {

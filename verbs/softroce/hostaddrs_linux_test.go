@@ -104,6 +104,33 @@ func TestRemoveUDP(t *testing.T) {
 	}
 }
 
+// TestRemoveWhileClosing has Close and Remove meet.
+func TestRemoveWhileClosing(t *testing.T) {
+	p := New(Config{})
+	addr := netip.MustParseAddr("127.0.0.23")
+	for range 200 {
+		d, err := p.OpenDevice(addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			if err := p.Remove(addr); err != nil {
+				t.Error(err)
+			}
+		})
+		wg.Go(func() {
+			if err := d.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+		wg.Wait()
+		if err := p.Add(addr); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // FuzzParseHostAddrs: whatever the kernel may say, it does no harm.
 func FuzzParseHostAddrs(f *testing.F) {
 	p := New(Config{})

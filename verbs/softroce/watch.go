@@ -81,8 +81,7 @@ func (d *device) unplug() {
 	d.mayWait("removal")
 	// 1. Nothing new is made on it.
 	d.mu.Lock()
-	first := !d.removed && !d.closed
-	d.removed = d.removed || first
+	first := !d.closed && !d.removed.Swap(true)
 	d.mu.Unlock()
 	if !first {
 		return
@@ -93,6 +92,10 @@ func (d *device) unplug() {
 	d.cm.unplug()
 	// 4. The QPs go to ERR and flush; what waits for the socket is lost with it.
 	d.role.Lock()
+	defer d.unlockRole() // which wakes the engine: it calls the handlers
+	if d.closing {
+		return // Close was faster: the socket is its business
+	}
 	d.off = true
 	d.tx.blocked = false
 	d.tx.clear()
@@ -102,7 +105,6 @@ func (d *device) unplug() {
 			q.enterErr()
 		}
 	})
-	d.unlockRole() // which wakes the engine: it calls the handlers
 }
 
 // unplug ends all connections and attempts without a word, and takes no more.
@@ -124,11 +126,7 @@ func (m *connManager) unplug() {
 }
 
 // isRemoved reports whether the device was unplugged.
-func (d *device) isRemoved() bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.removed
-}
+func (d *device) isRemoved() bool { return d.removed.Load() }
 
 // watcher is a call of WatchDevices. Its events are delivered one at a time on a goroutine that exists while there are any; one
 // that is not delivered yet is replaced by a later one of its address, so that what waits is bounded by the
