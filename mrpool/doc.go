@@ -45,11 +45,12 @@
 //
 // Everything may be called from any goroutine. Map, Unmap, Free, Completion, Mark and Passed do not wait and may be
 // called in completion handlers; MapWait, Register, Flush and both Close methods may wait. Lock order: QP.post (the
-// right to post on the queue, held across PostSend), QP.mu, pool.mu; only the first is held across a call of the
-// provider, and what a handler needs is only tried.
+// right to post on the queue), QP.mu, pool.mu. Only the first is held across calls of the provider; Map takes it, so it may
+// have to let another goroutine's post finish, and the rest only try it and leave their work to who has it.
 //
 // # Limitations
 //
-// A plain registration covers one contiguous piece. Objects of a region are deregistered by recovery and Close, and
+// A plain registration covers one contiguous piece. What is freed and not unmapped stays pinned until a threshold is
+// reached or somebody calls Flush: there is no timer. Objects of a region are deregistered by recovery and Close, and
 // where more are free than PoolConfig.MaxFree; the room they took in the pool is not given back to Go.
 package mrpool
