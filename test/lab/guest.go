@@ -32,7 +32,7 @@ const (
 // Config are the parameters of a guest. The zero value is the documented default.
 type Config struct {
 	MTU    int // Ethernet MTU of the link, 0: 4500 (path MTU 4096); 1500 gives path MTU 1024
-	Memory int // MiB, 0: 512
+	Memory int // MiB, 0: 1024
 	// Modules are loaded in order with modprobe; nil: DefaultModules.
 	Modules []string
 	// NoRXE leaves the guest without an rxe device.
@@ -178,7 +178,7 @@ func (g *Guest) startQEMU(cfg Config) error {
 	defer theirs.Close()
 	memory := cfg.Memory
 	if memory == 0 {
-		memory = 512
+		memory = 1024
 	}
 	args := []string{
 		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
