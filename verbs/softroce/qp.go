@@ -135,7 +135,7 @@ func (p *pd) CreateQP(cfg verbs.QPConfig) (verbs.QP, error) {
 	}
 	q := &qp{dev: d, pd: p, typ: cfg.Type, cfg: cfg, scq: scq, rcq: rcq, srq: s, timerIdx: -1}
 	q.sq = make([]swqe, ringSlots(cfg.MaxSendWR))
-	q.sqStore = make([]sge, len(q.sq)*cfg.MaxSendSGE)
+	q.sqStore = make([]sge, len(q.sq)*min(cfg.MaxSendSGE, storedSGEs))
 	if s == nil {
 		q.rq.init(p, cfg.MaxRecvWR, cfg.MaxRecvSGE)
 	}
@@ -246,12 +246,16 @@ func (q *qp) postLocked(wrs []verbs.SendWR) (int, error) {
 			}
 			*q.extend(t) = swqeExt{ah: *wr.AH, rqpn: uint32(wr.RemoteQPN), rqkey: wr.RemoteQKey}
 		}
-		m := uint32(q.cfg.MaxSendSGE)
+		m := uint32(min(q.cfg.MaxSendSGE, storedSGEs))
 		w.sgs, _, w.bad, w.indirect = q.pd.resolve(q.sqStore[k*m:(k+1)*m:(k+1)*m], wr.SGs)
 		q.tail.Store(t + 1)
 	}
 	return len(wrs), nil
 }
+
+// storedSGEs is how long a list may be for which each request has room: those of a ring would be most of the QP's memory
+// otherwise. A longer one, which only RDMA with scattered memory has, is allocated.
+const storedSGEs = 3
 
 // extend is ext for a poster, who may be the first to need it.
 func (q *qp) extend(i uint32) *swqeExt {
