@@ -20,6 +20,7 @@ type Mapping struct {
 	iova uint64
 
 	release func(prompt bool, done func(error))
+	valid   func() bool // nil: until it is released
 }
 
 // Device is the device. A Mapping holds a reference to it until it is released.
@@ -31,6 +32,10 @@ func (m *Mapping) RKey() verbs.RKey { return m.rkey }
 
 // IOVA is the address of the first byte.
 func (m *Mapping) IOVA() uint64 { return m.iova }
+
+// Valid reports whether the keys work, as far as is known: the request that was to make them valid may have been lost with its
+// connection. Advice.
+func (m *Mapping) Valid() bool { return m.valid == nil || m.valid() }
 
 // Release gives the memory back: promptly, or when the device's pools get to it; until then a peer may still reach it. done is
 // called once, when nobody does any more; it may run anywhere, handlers included, and may not wait. Nothing of ours
@@ -111,7 +116,7 @@ func (c *Conn) Map(ctx context.Context, mem []byte, iova uint64, access verbs.Ac
 
 // pooled is a mapping of the pools'.
 func pooled(d *ibdev.Device, pm mrpool.Mapping) *Mapping {
-	m := &Mapping{dev: d, lkey: pm.LKey(), rkey: pm.RKey(), iova: pm.IOVA()}
+	m := &Mapping{dev: d, lkey: pm.LKey(), rkey: pm.RKey(), iova: pm.IOVA(), valid: pm.Valid}
 	m.release = func(prompt bool, done func(error)) {
 		give := pm.Free
 		if prompt {

@@ -296,7 +296,8 @@ func (r *Region) Invalidate(ctx context.Context) error {
 // Done is closed when the memory is the application's alone: the region was freed, and nobody touches it any more.
 func (r *Region) Done() <-chan struct{} { return r.done }
 
-// Err is nil while the region can be used; then ErrStaleCookie if it was freed, or ErrDeviceGone.
+// Err is nil while the region can be used; then it matches ErrStaleCookie, if it was freed, or if its key was lost with the
+// connection that it was registered for, or ErrDeviceGone.
 func (r *Region) Err() error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -309,6 +310,8 @@ func (r *Region) errLocked() error {
 		return ErrStaleCookie
 	case r.gone:
 		return ErrDeviceGone
+	case !r.m.Valid():
+		return fmt.Errorf("%w: lost with its connection", ErrStaleCookie)
 	}
 	return nil
 }

@@ -78,6 +78,9 @@ type Stats struct {
 	ReceiveBufsPinned uint64 // gauge: bytes of receive buffers kept by queues and loans
 
 	Conn conn.Stats // of all connections
+	// MemoryPools are the counters of the pools of registered memory, of the devices of the moment together, under the kernel's
+	// names: ib_rdma_mr_8k_alloc and so on.
+	MemoryPools map[string]uint64
 	// Devices are the counters of each device by its name: the provider's under the provider's names, and those of
 	// its receive queues.
 	Devices map[string]map[string]uint64
@@ -130,7 +133,12 @@ func (svc *Service) Stats() Stats {
 	var devs []ibdev.DeviceStats
 	st.Conn, devs = svc.tr.Stats()
 	st.Devices = make(map[string]map[string]uint64, len(devs))
+	st.MemoryPools = make(map[string]uint64, len(memoryPoolNames))
+	for _, name := range memoryPoolNames {
+		st.MemoryPools[name] = 0
+	}
 	for _, d := range devs {
+		d.Pools.Each(func(name string, v uint64) { st.MemoryPools[name] += v })
 		m := make(map[string]uint64, len(d.Provider)+16)
 		for _, c := range appendFields(nil, reflect.ValueOf(d)) {
 			m[c.Name] = c.Value
@@ -153,6 +161,9 @@ func (st Stats) Counters() []Counter {
 	var cs []Counter
 	cs = appendFields(cs, reflect.ValueOf(st))
 	cs = appendFields(cs, reflect.ValueOf(st.Conn))
+	for name, v := range st.MemoryPools {
+		cs = append(cs, Counter{name, v})
+	}
 	slices.SortStableFunc(cs, func(a, b Counter) int { return kernelRank(a.Name) - kernelRank(b.Name) })
 	var devs []Counter
 	for dev, m := range st.Devices {
@@ -176,13 +187,20 @@ func appendFields(cs []Counter, v reflect.Value) []Counter {
 // kernelNames are the kernel's counters in its order (rds-protocol spec 6.2), as far as they count something here.
 var kernelNames = [...]string{
 	"conn_reset", "recv_drop_bad_checksum", "recv_drop_old_seq", "recv_drop_no_sock", "recv_drop_dead_sock",
-	"recv_delivered", "recv_queued", "recv_ack_required", "recv_ping", "send_queue_empty", "send_queue_full",
-	"send_lock_contention", "send_ack_required", "send_queued", "send_pong", "copy_to_user",
+	"recv_delivered", "recv_queued", "recv_ack_required", "recv_rdma_bytes", "recv_ping", "send_queue_empty", "send_queue_full",
+	"send_lock_contention", "send_ack_required", "send_queued", "send_rdma", "send_rdma_bytes", "send_pong", "copy_to_user",
 	"cong_update_queued", "cong_update_received", "cong_send_error", "cong_send_blocked",
 	"recv_bytes_added_to_sock", "recv_bytes_freed_fromsock",
 	"ib_connect_raced", "ib_listen_closed_stale", "ib_tx_cq_event", "ib_rx_cq_event", "ib_tx_ring_full",
 	"ib_rx_credit_updates", "ib_ack_sent", "ib_ack_send_delayed", "ib_ack_send_piggybacked", "ib_ack_received",
+	"ib_rdma_mr_8k_alloc", "ib_rdma_mr_8k_free", "ib_rdma_mr_8k_used", "ib_rdma_mr_8k_pool_flush", "ib_rdma_mr_8k_pool_wait",
+	"ib_rdma_mr_8k_pool_depleted", "ib_rdma_mr_1m_alloc", "ib_rdma_mr_1m_free", "ib_rdma_mr_1m_used", "ib_rdma_mr_1m_pool_flush",
+	"ib_rdma_mr_1m_pool_wait", "ib_rdma_mr_1m_pool_depleted", "ib_rdma_mr_8k_reused", "ib_rdma_mr_1m_reused",
+	"ib_atomic_cswp", "ib_atomic_fadd",
 }
+
+// memoryPoolNames are those of them that the pools of registered memory count.
+var memoryPoolNames = kernelNames[slices.Index(kernelNames[:], "ib_rdma_mr_8k_alloc") : slices.Index(kernelNames[:], "ib_rdma_mr_1m_reused")+1]
 
 func kernelRank(name string) int {
 	if i := slices.Index(kernelNames[:], name); i >= 0 {
