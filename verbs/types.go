@@ -184,6 +184,7 @@ const PageSize = 4096
 
 // FastReg is what OpFastRegMR does to a region (ib_reg_wr of the kernel; rocev2 spec 6.5). The request
 // fails with WCLocQPOpErr if the region is not free when it executes, or belongs to another PD than the QP.
+// What no execution could make right, such as objects of another device, ErrInvalid may refuse when it is posted.
 // It executes when the queue gets to it and completes behind all that is before it: one that was flushed may have
 // been executed, and leaves its region in a state that only Deregister makes sure of. The same holds of OpLocalInv.
 type FastReg struct {

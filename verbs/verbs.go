@@ -192,8 +192,9 @@ type MW interface {
 type PageList interface {
 	// Set makes the list name segs in order: memory outside the Go heap, or pinned by the caller until the
 	// registration made of it is invalidated. Only the first may begin, and only the last end, off a PageSize
-	// boundary of its address: ErrInvalid otherwise, and for more than Cap pages. ErrBusy, changing nothing, from the post of a
-	// request that names the list until that request has completed or was flushed.
+	// boundary of its address: ErrInvalid otherwise, and for more than Cap pages. ErrBusy from the post of a request that
+	// names the list until that request has completed or was flushed: also for the post of another one. A
+	// refusal changes nothing.
 	Set(segs [][]byte) error
 	// Len is how many bytes the list names, Pages how many pages, Cap how many it can.
 	Len() int

@@ -857,13 +857,7 @@ func localInvDuringWrite(l *lab) {
 				l.Fatalf("%v into a WRITE: byte %d was written after the invalidation", pause, i)
 			}
 		}
-		wc := p.a.nextWC("the first WRITE completes", p.a.scq)
-		if wc.Status == verbs.WCSuccess {
-			wc = p.a.nextWC("the second WRITE completes", p.a.scq)
-		}
-		if wc.Status != verbs.WCSuccess && wc.Status != verbs.WCRemAccessErr && !(l.env.Lossy && wc.Status == verbs.WCRetryExcErr) {
-			l.Fatalf("a WRITE whose target goes away: %v", wc.Status)
-		}
+		p.writtenOrRefused()
 	}
 }
 
