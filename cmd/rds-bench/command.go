@@ -94,7 +94,7 @@ Without a subcommand it starts its own second process and measures between ` + d
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usage(err) })
 	f.register(root)
 	root.Flags().StringVar(&f.addr, "addr", defaultClientAddr+","+defaultServerAddr, "addresses of the client and of the server")
-	root.AddCommand(newServerCommand(stdin, stdout, stderr), newClientCommand(stdout, stderr))
+	root.AddCommand(newServerCommand(stdin, stdout, stderr), newClientCommand(stdout, stderr), newStressCommand(stdout))
 	return root
 }
 

@@ -1,0 +1,500 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/bits"
+	"net"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/openrds/openrds/rds"
+)
+
+// stressCounts are what a task has done. Times are sums.
+type stressCounts struct {
+	ReqTx, ReqRx, AckTx, AckRx                     uint64
+	ReqTxBytes, ReqRxBytes, AckTxBytes, AckRxBytes uint64
+	MbusIn, MbusOut                                uint64 // RDMA bytes into, out of memory here
+	SendTime, RTT                                  time.Duration
+}
+
+func (c *stressCounts) add(o stressCounts, sign uint64) {
+	for _, p := range []struct{ a, b *uint64 }{{&c.ReqTx, &o.ReqTx}, {&c.ReqRx, &o.ReqRx}, {&c.AckTx, &o.AckTx}, {&c.AckRx, &o.AckRx},
+		{&c.ReqTxBytes, &o.ReqTxBytes}, {&c.ReqRxBytes, &o.ReqRxBytes}, {&c.AckTxBytes, &o.AckTxBytes}, {&c.AckRxBytes, &o.AckRxBytes},
+		{&c.MbusIn, &o.MbusIn}, {&c.MbusOut, &o.MbusOut}} {
+		*p.a += sign * *p.b
+	}
+	c.SendTime += time.Duration(sign) * o.SendTime
+	c.RTT += time.Duration(sign) * o.RTT
+}
+
+// stressHistogram counts round trips by powers of two of microseconds; the last bucket has all above.
+type stressHistogram [16]uint64
+
+func (h *stressHistogram) add(d time.Duration) {
+	h[min(bits.Len64(uint64(d.Microseconds())), len(h)-1)]++
+}
+
+// stressTask is a child of rds-stress: one socket that talks to every task of the peer. rds-stress gives each a process; here a
+// goroutine reads, and whoever makes it possible to send does so (pump).
+type stressTask struct {
+	opt    *stressOptions
+	ctx    context.Context
+	active bool // may send requests
+	sock   *rds.Socket
+	fail   func(error)
+	wg     *sync.WaitGroup
+
+	mu     sync.Mutex
+	peers  []*stressPeer
+	counts stressCounts
+	buf    []byte // being sent; guarded by mu
+	want   []byte // the pattern of -v, nil without it
+	hist   stressHistogram
+
+	outlier func(to netip.AddrPort, rtt time.Duration) // nil: nobody wants to know
+
+	stopping atomic.Bool
+}
+
+// stressPeer is a task of the other side, as one of ours sees it.
+type stressPeer struct {
+	t                *stressTask
+	addr             netip.AddrPort
+	sendSeq, recvSeq uint32
+	sendIndex        uint16 // slot of the next request
+	recvIndex        uint16 // slot of the next request expected
+	pending          int    // requests that wait for their acks
+	unacked          int    // requests that wait for our ack
+	busy             bool   // somebody is waiting to send to it, and will go on with it
+	slots            []stressSlot
+	nextOp           uint8 // RDMA, alternating
+}
+
+// stressSlot is an exchange in progress, one of depth in each direction.
+type stressSlot struct {
+	sent time.Time    // our request
+	ack  stressHeader // to the peer's request
+
+	region   *rds.Region  // what the peer reads from or writes to, nil unless mapped
+	remote   []byte       // its memory
+	local    *rds.Region  // what our operations read into or write from
+	inflight bool         // an operation uses local
+	op       stressHeader // the ack it goes with
+}
+
+// rdmaAfter is how many messages go before the first operation.
+const rdmaAfter = 10
+
+func newStressTask(ctx context.Context, svc *rds.Service, opt *stressOptions, nr int, active bool, wg *sync.WaitGroup, fail func(error)) (*stressTask, error) {
+	t := &stressTask{opt: opt, ctx: ctx, active: active || !opt.OneWay, wg: wg, fail: fail, buf: make([]byte, max(opt.ReqSize, opt.AckSize))}
+	sock, err := svc.ListenAddrPort(ctx, netip.AddrPortFrom(opt.RecvAddr, opt.Port+1+uint16(nr)))
+	if err != nil {
+		return nil, err
+	}
+	t.sock = sock
+	size := int(opt.Tasks) * int(opt.Depth) * int(opt.ReqSize+opt.AckSize) * 2
+	if err := errors.Join(sock.SetReadBuffer(size), sock.SetWriteBuffer(max(size, int(opt.ReqSize), int(opt.AckSize)))); err != nil {
+		return nil, errors.Join(err, sock.Close())
+	}
+	if opt.TOS != 0 {
+		sock.SetTypeOfService(opt.TOS)
+	}
+	if opt.Verify {
+		t.want = stressPattern(len(t.buf) - stressHdrLen)
+		copy(t.buf[stressHdrLen:], t.want)
+	}
+	for i := range opt.Tasks {
+		p := &stressPeer{t: t, addr: netip.AddrPortFrom(opt.SendAddr, opt.Port+1+i), slots: make([]stressSlot, opt.Depth), nextOp: stressRDMAWrite}
+		if i&1 == 1 {
+			p.nextOp = stressRDMARead
+		}
+		t.peers = append(t.peers, p)
+		if opt.RDMASize == 0 {
+			continue
+		}
+		n := int(opt.RDMASize * opt.Segments)
+		for s := range p.slots {
+			mem := make([]byte, 2*(n+int(opt.Alignment)))
+			p.slots[s].remote = mem[opt.Alignment:][:n]
+			if p.slots[s].local, err = sock.RegisterRegion(ctx, mem[n+2*int(opt.Alignment):][:n], rds.RegionOptions{}); err != nil {
+				return nil, errors.Join(err, sock.Close())
+			}
+		}
+	}
+	return t, nil
+}
+
+// start sets the task to work.
+func (t *stressTask) start() {
+	t.wg.Go(t.read)
+	if t.opt.RDMASize > 0 {
+		t.wg.Go(t.readCompletions)
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, p := range t.peers {
+		p.pumpLocked()
+	}
+}
+
+// ended reports whether err is only that the test is over.
+func (t *stressTask) ended(err error) bool {
+	return t.stopping.Load() && (errors.Is(err, net.ErrClosed) || errors.Is(err, context.Canceled)) || t.ctx.Err() != nil
+}
+
+func (t *stressTask) check(err error) bool {
+	if err != nil && !t.ended(err) {
+		t.fail(err)
+	}
+	return err == nil
+}
+
+// stop ends the task. What is on its way stays so.
+func (t *stressTask) stop() error {
+	t.stopping.Store(true)
+	return t.sock.Close()
+}
+
+func (t *stressTask) snapshot() stressCounts {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.counts
+}
+
+// pumpLocked sends to p what may be sent: acks before requests. A message that has to wait is sent by a goroutine
+// that waits with it, so that one congested peer holds up none of the others.
+func (p *stressPeer) pumpLocked() {
+	t := p.t
+	for !p.busy && !t.stopping.Load() {
+		switch {
+		case p.unacked > 0:
+			slot := (int(p.recvIndex) - p.unacked + len(p.slots)) % len(p.slots)
+			s := &p.slots[slot]
+			if s.ack.RDMAOp != 0 && s.inflight {
+				return // until its completion is there
+			}
+			if !p.sendLocked(stressAck, slot) {
+				return
+			}
+		case t.active && p.pending < len(p.slots):
+			if !p.sendLocked(stressReq, int(p.sendIndex)) {
+				return
+			}
+		default:
+			return
+		}
+	}
+}
+
+// sendLocked sends the ack or request of slot, or leaves that to a goroutine and reports false.
+func (p *stressPeer) sendLocked(op uint8, slot int) bool {
+	t := p.t
+	o := t.opt
+	s := &p.slots[slot]
+	h := stressHeader{Op: op, Index: uint16(slot)}
+	size := o.ReqSize
+	mapped := false
+	if op == stressAck {
+		h, size = s.ack, o.AckSize
+	} else if o.RDMASize > 0 && p.sendSeq > rdmaAfter {
+		mapped = true
+		p.request(&h, s)
+	}
+	h.Seq, h.From, h.To = p.sendSeq, t.sock.AddrPort(), p.addr
+	h.put(t.buf)
+	m := rds.Message{Peer: p.addr, Data: t.buf[:size]}
+	if op == stressAck && h.RDMAOp != 0 {
+		p.operation(&m, s)
+	}
+	if mapped && s.region != nil { // the key is known: it travels in the header, and as the kernel's extension
+		m.Cookie = s.region.Cookie()
+	}
+	begin := time.Now()
+	if op == stressReq {
+		s.sent = begin
+	}
+	if !mapped || s.region != nil {
+		err := t.sock.TrySend(m)
+		if err == nil {
+			p.sentLocked(op, slot, int(size), time.Since(begin))
+			return true
+		}
+		if !errors.Is(err, rds.ErrCongested) && !errors.Is(err, rds.ErrNoBufferSpace) {
+			t.check(err)
+			return false
+		}
+	}
+	// It has to wait: for the peer, or for its memory to be mapped.
+	p.busy = true
+	m.Data = append([]byte(nil), m.Data...)
+	t.wg.Go(func() {
+		var err error
+		if mapped && s.region == nil {
+			err = p.sendMapped(m, s)
+		} else {
+			err = t.sock.Send(t.ctx, m)
+		}
+		if !t.check(err) {
+			return
+		}
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		p.busy = false
+		p.sentLocked(op, slot, int(size), time.Since(begin))
+		p.pumpLocked()
+	})
+	return false
+}
+
+// sentLocked accounts for a message that was sent.
+func (p *stressPeer) sentLocked(op uint8, slot, size int, took time.Duration) {
+	c := &p.t.counts
+	p.sendSeq++
+	if op == stressAck {
+		p.unacked--
+		c.AckTx++
+		c.AckTxBytes += uint64(size)
+		return
+	}
+	p.sendIndex = uint16((slot + 1) % len(p.slots))
+	p.pending++
+	c.ReqTx++
+	c.ReqTxBytes += uint64(size)
+	c.SendTime += took
+}
+
+// request asks the peer to read or write our memory in its reply.
+func (p *stressPeer) request(h *stressHeader, s *stressSlot) {
+	o := p.t.opt
+	switch o.RWMode {
+	case 0:
+		p.nextOp = stressRDMARead + stressRDMAWrite - p.nextOp
+	case 1:
+		p.nextOp = stressRDMARead
+	case 2:
+		p.nextOp = stressRDMAWrite
+	}
+	h.RDMAOp, h.RDMASize, h.RDMASegment = p.nextOp, o.RDMASize, o.Segments
+	h.Pattern = uint64(p.sendSeq)<<32 | uint64(p.addr.Port())
+	if s.region != nil {
+		h.RDMAKey = uint64(s.region.Cookie())
+	}
+	if o.Verify {
+		fill := uint64(0)
+		if h.RDMAOp == stressRDMARead {
+			fill = h.Pattern
+		}
+		fillRDMA(s.remote, fill)
+	}
+}
+
+// sendMapped maps the slot's memory and sends m with its cookie.
+func (p *stressPeer) sendMapped(m rds.Message, s *stressSlot) error {
+	t := p.t
+	opt := rds.RegionOptions{UseOnce: t.opt.UseOnce}
+	var r *rds.Region
+	var err error
+	if t.opt.UseGetMR {
+		if r, err = t.sock.RegisterRegionFor(t.ctx, m.Peer, s.remote, opt); err != nil {
+			return err
+		}
+		m.Cookie = r.Cookie()
+		err = t.sock.Send(t.ctx, m)
+	} else {
+		r, err = t.sock.SendMapped(t.ctx, m, s.remote, opt)
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if err == nil {
+		s.region = r
+	}
+	return err
+}
+
+// operation adds to an ack the operation that its request asked for.
+func (p *stressPeer) operation(m *rds.Message, s *stressSlot) {
+	o := p.t.opt
+	h := &s.ack
+	n := int(h.RDMASize)
+	r := &rds.RDMA{Op: rds.RDMARead, Remote: rds.Cookie(h.RDMAKey), NoFence: !o.UseFence, Notify: true}
+	if h.RDMAOp == stressRDMAWrite {
+		r.Op = rds.RDMAWrite
+		if o.Verify {
+			fillRDMA(s.local.Bytes(), h.Pattern)
+		}
+	}
+	for i := range int(h.RDMASegment) {
+		r.Local = append(r.Local, s.local.Piece(i*n, n))
+	}
+	for i, x := range p.t.peers {
+		if x == p {
+			r.Token = uint64(i)<<32 | uint64(h.Index)
+		}
+	}
+	s.inflight, s.op = true, *h
+	m.RDMA = r
+}
+
+// readCompletions frees the slots of operations.
+func (t *stressTask) readCompletions() {
+	for {
+		c, err := t.sock.ReadCompletion(t.ctx)
+		if !t.check(err) {
+			return
+		}
+		p := t.peers[c.Token>>32]
+		s := &p.slots[uint32(c.Token)]
+		if c.Status != rds.StatusSuccess {
+			t.check(fmt.Errorf("%v of %d bytes for %v: %v", c.Op, t.opt.RDMASize, p.addr, c.Status))
+			return
+		}
+		if c.Op == rds.RDMARead && t.opt.Verify {
+			if !t.check(checkRDMA(s.local.Bytes(), s.op.Pattern)) {
+				return
+			}
+		}
+		t.mu.Lock()
+		n := uint64(t.opt.RDMASize) * uint64(t.opt.Segments)
+		if c.Op == rds.RDMARead {
+			t.counts.MbusIn += n
+		} else {
+			t.counts.MbusOut += n
+		}
+		s.inflight = false
+		p.pumpLocked()
+		t.mu.Unlock()
+	}
+}
+
+// read takes what the peers send, and holds it to order and content.
+func (t *stressTask) read() {
+	buf := make([]byte, len(t.buf))
+	for {
+		m, err := t.sock.Receive(t.ctx)
+		if !t.check(err) {
+			return
+		}
+		n, length, from, cookie := 0, m.Len(), m.Peer, m.Cookie
+		for _, b := range m.Buffers() {
+			n += copy(buf[n:], b)
+		}
+		m.Release()
+		if length > len(buf) {
+			err = fmt.Errorf("a datagram of %d bytes from %v", length, from)
+		} else {
+			err = t.received(buf[:n], from, cookie)
+		}
+		if !t.check(err) {
+			return
+		}
+	}
+}
+
+func (t *stressTask) received(b []byte, from netip.AddrPort, cookie rds.Cookie) error {
+	h, err := parseStressHeader(b)
+	if err != nil {
+		return fmt.Errorf("%w from %v", err, from)
+	}
+	i := int(from.Port()) - int(t.opt.Port) - 1
+	if i < 0 || i >= len(t.peers) || t.peers[i].addr != from {
+		return fmt.Errorf("a datagram from %v, which is no task", from)
+	}
+	p := t.peers[i]
+	now := time.Now()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	want := stressHeader{Seq: p.recvSeq, From: from, To: t.sock.AddrPort(), Index: p.recvIndex, Op: h.Op}
+	size := t.opt.ReqSize
+	switch h.Op {
+	case stressReq:
+		if p.unacked == len(p.slots) {
+			return fmt.Errorf("request %d of %v, and %d are not acknowledged yet", h.Seq, from, p.unacked)
+		}
+	case stressAck:
+		size = t.opt.AckSize
+		if p.pending == 0 {
+			return fmt.Errorf("an ack of %v for nothing", from)
+		}
+		want.Index = uint16((int(p.sendIndex) - p.pending + len(p.slots)) % len(p.slots))
+	default:
+		return fmt.Errorf("operation %d from %v", h.Op, from)
+	}
+	if h.Seq != want.Seq || h.From != want.From || h.To != want.To || h.Index != want.Index || len(b) != int(size) {
+		return fmt.Errorf("header from %v is bogus: seq %d, from %v to %v, index %d, %d bytes; expected seq %d, from %v to %v, index %d, %d bytes",
+			from, h.Seq, h.From, h.To, h.Index, len(b), want.Seq, want.From, want.To, want.Index, size)
+	}
+	if t.want != nil {
+		for k, c := range b[stressHdrLen:] {
+			if c != t.want[k] {
+				return fmt.Errorf("datagram %d from %v: byte %d is %#x, not %#x", h.Seq, from, stressHdrLen+k, c, t.want[k])
+			}
+		}
+	}
+	p.recvSeq++
+	s := &p.slots[want.Index]
+	if h.Op == stressAck {
+		p.pending--
+		t.counts.AckRx++
+		t.counts.AckRxBytes += uint64(len(b))
+		rtt := now.Sub(s.sent)
+		t.counts.RTT += rtt
+		t.hist.add(rtt)
+		if t.outlier != nil {
+			t.outlier(from, rtt)
+		}
+		if h.RDMAOp != 0 {
+			if err := p.answered(&h, s); err != nil {
+				return err
+			}
+		}
+		p.pumpLocked()
+		return nil
+	}
+	t.counts.ReqRx++
+	t.counts.ReqRxBytes += uint64(len(b))
+	s.ack = stressHeader{Op: stressAck, Index: want.Index}
+	if h.RDMAOp != 0 {
+		if h.RDMAKey == 0 {
+			h.RDMAKey = uint64(cookie)
+		}
+		if h.RDMAOp > stressRDMAWrite || h.RDMAKey == 0 || h.RDMASize != t.opt.RDMASize || h.RDMASegment != t.opt.Segments {
+			return fmt.Errorf("request %d of %v: RDMA operation %d of %d times %d bytes, key %#x", h.Seq, from, h.RDMAOp, h.RDMASegment, h.RDMASize, h.RDMAKey)
+		}
+		s.ack.RDMAOp, s.ack.RDMAAddr, s.ack.Pattern, s.ack.RDMAKey = h.RDMAOp, h.RDMAAddr, h.Pattern, h.RDMAKey
+		s.ack.RDMASize, s.ack.RDMASegment = h.RDMASize, h.RDMASegment
+	}
+	p.unacked++
+	p.recvIndex = uint16((int(want.Index) + 1) % len(p.slots))
+	p.pumpLocked()
+	return nil
+}
+
+// answered takes the reply to a request with an operation: the peer has read or written our memory.
+func (p *stressPeer) answered(h *stressHeader, s *stressSlot) error {
+	t := p.t
+	n := uint64(t.opt.RDMASize) * uint64(t.opt.Segments)
+	if h.RDMAOp == stressRDMAWrite {
+		t.counts.MbusIn += n
+		if t.opt.Verify {
+			if err := checkRDMA(s.remote, h.Pattern); err != nil {
+				return fmt.Errorf("%w, written by %v", err, p.addr)
+			}
+		}
+	} else {
+		t.counts.MbusOut += n
+	}
+	if t.opt.CacheMRs || s.region == nil {
+		return nil
+	}
+	r := s.region
+	s.region = nil
+	if t.opt.UseOnce {
+		return nil // the reply has freed it
+	}
+	return r.Close()
+}
