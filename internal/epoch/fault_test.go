@@ -184,12 +184,11 @@ func TestFaults(t *testing.T) {
 	}
 }
 
-// spin passes up to n nanoseconds, more or less, without leaving the processor.
-func spin(n uint32) (sink uint32) {
+// spin passes some nanoseconds, at least n turns, without leaving the processor.
+func spin(n uint32) {
 	for range n {
-		sink = sink*5 + 1
+		runtime.KeepAlive(n)
 	}
-	return sink
 }
 
 // litmus is a race that a reader and a writer run again and again, starting together and at random distances.
@@ -216,7 +215,7 @@ func (l *litmus) run(f fault, at func(step string), reader func(n int64, delay u
 		defer l.p.Unregister()
 		r := rand.New(rand.NewPCG(1, 2))
 		for n := int64(1); ; n++ {
-			delay := r.Uint32N(200)
+			delay := r.Uint32N(1000)
 			for l.turn.Load() != n {
 				if l.turn.Load() == end {
 					return
@@ -247,22 +246,24 @@ func lookLitmus(f fault, limit time.Duration) (caught bool, races int64) {
 		atomic.Bool
 		_ [127]byte
 	}
+	var race int64
 	r := rand.New(rand.NewPCG(3, 4))
 	return l.run(f,
 		func(step string) {
-			if step == "G_FENCE" { // the latest time to unpublish, when everybody is registered
-				spin(r.Uint32N(200))
+			if step == "G_FENCE" { // off they go; this is the latest time to unpublish, when everybody is registered
+				l.turn.Store(race)
+				spin(r.Uint32N(1000))
 				cur.Store(1 - cur.Load())
 			}
 		},
 		func(n int64, delay uint32) {
 			spin(delay)
 			for i := range l.lines {
-				l.lines[i].reader++
+				l.lines[i].reader = uint64(n)
 			}
 			l.p.Enter()
 			o := &freed[cur.Load()]
-			for range 500 {
+			for range 1000 {
 				if o.Load() {
 					l.caught.Store(true)
 				}
@@ -273,9 +274,9 @@ func lookLitmus(f fault, limit time.Duration) (caught bool, races int64) {
 			old := cur.Load()
 			freed[1-old].Store(false)
 			for i := range l.lines {
-				l.lines[i].writer++
+				l.lines[i].writer = uint64(n)
 			}
-			l.turn.Store(n)
+			race = n
 			l.d.Synchronize()
 			freed[old].Store(true)
 		}, limit)
@@ -291,7 +292,7 @@ func markLitmus(f fault, limit time.Duration) (caught bool, races int64) {
 			switch step {
 			case "G_MARK":
 				marks.Store(l.turn.Load())
-				spin(r.Uint32N(200))
+				spin(r.Uint32N(1000))
 			case "G_SLEEP":
 				// First see the reader leave. Was the waiter woken, then? (To sleep in earnest would take so long that there
 				// would be few races.)
@@ -311,13 +312,13 @@ func markLitmus(f fault, limit time.Duration) (caught bool, races int64) {
 			}
 			spin(delay)
 			for i := range l.lines {
-				l.lines[i].reader++
+				l.lines[i].reader = uint64(n)
 			}
 			l.p.Exit()
 		},
 		func(n int64) {
 			for i := range l.lines {
-				l.lines[i].writer++
+				l.lines[i].writer = uint64(n)
 			}
 			l.turn.Store(n)
 			for inside.Load() != n {
