@@ -14,7 +14,8 @@ import (
 )
 
 // TestLossy mixes SENDs, WRITEs, READs and atomics over a bad network. Whatever is lost, doubled,
-// reordered or damaged: each operation happens once and in order, and its data is right.
+// reordered or damaged: each operation happens once and in order, and its data is right. So it is when all memory is
+// paged, comes in late and goes all the time.
 func TestLossy(t *testing.T) {
 	for _, l := range []simnet.LinkConfig{
 		{},
@@ -26,19 +27,23 @@ func TestLossy(t *testing.T) {
 		l.Delay, l.Jitter = 20*time.Microsecond, 5*time.Microsecond
 		t.Run(fmt.Sprintf("%+v", l), func(t *testing.T) {
 			for seed := range uint64(4) {
-				synctest.Test(t, func(t *testing.T) { lossy(t, seed, l) })
+				synctest.Test(t, func(t *testing.T) { lossy(t, seed, l, false) })
+				synctest.Test(t, func(t *testing.T) { lossy(t, seed, l, true) })
 			}
 		})
 	}
 }
 
-func lossy(t *testing.T, seed uint64, l simnet.LinkConfig) {
+func lossy(t *testing.T, seed uint64, l simnet.LinkConfig, paged bool) {
 	t.Logf("seed %d", seed)
 	n := simnet.New(seed, simnet.Config{})
 	defer n.Close()
 	n.SetDefaultLink(l)
 	tp := newTestPair(t, Config{Network: n, GiveUp: time.Hour}, "10.0.0.1", "10.0.0.2", verbs.MTU1024)
 	defer tp.shut(t)
+	if paged {
+		defer tp.page(t, seed)()
+	}
 	r := rand.New(rand.NewPCG(seed, 7))
 	const (
 		ops   = 300
@@ -109,7 +114,7 @@ func lossy(t *testing.T, seed uint64, l simnet.LinkConfig) {
 		}
 		for k := range tp.cq[0].Poll(wcs[:]) {
 			if err := wcs[k].Err(); err != nil {
-				t.Fatal(err)
+				t.Fatalf("%v (%v of %d bytes): %v %v", err, sent[done].kind, sent[done].n, tp.dev[0].Stats(), tp.dev[1].Stats())
 			}
 			if wcs[k].ID != uint64(done) {
 				t.Fatalf("completion %d, want %d", wcs[k].ID, done)

@@ -376,11 +376,40 @@ func (d *device) wakeRX(q *qp) {
 	}
 	q.rxFault.waiting = false
 	if q.held {
-		q.held, q.nakSent, q.nakRNR = false, false, false
-		q.deferred = true // to be asked for when what is due has been answered
+		q.held = false
+		q.askPSN, q.askWait = q.epsn, nakRepeat
+		d.ask(q, time.Now())
+	} else if q.nakSent && q.nakRNR {
+		// It comes by itself, unless the RNR NAK was lost.
+		q.askPSN, q.askWait = q.epsn, nakRepeat
+		q.askAt = time.Now().Add(q.faultWait + nakRepeat)
+		d.timers.add(q, q.askAt)
 	}
 	d.dueAnswer(q)
 	d.kick(q)
+}
+
+// ask asks the peer for the packet at epsn, when what is due has been answered, and again later: the NAK may be lost,
+// and the peer's transport timer may take seconds.
+func (d *device) ask(q *qp, now time.Time) {
+	q.nakSent, q.nakRNR, q.deferred = false, false, true
+	d.dueAnswer(q)
+	q.askAt = now.Add(q.askWait)
+	q.askWait *= 2
+	d.timers.add(q, q.askAt)
+}
+
+// askRepeat is called when timers are due.
+func (d *device) askRepeat(q *qp) {
+	switch {
+	case q.askAt.IsZero():
+	case q.epsn != q.askPSN || q.rxFault.waiting || q.askWait > maxRTO:
+		q.askAt = time.Time{} // it has come, or waits again, or nobody is there
+	case d.now.Before(q.askAt):
+		d.timers.add(q, q.askAt)
+	default:
+		d.ask(q, d.now)
+	}
 }
 
 // How long a peer is told to wait for pages: first what they take from the page cache (a fault costs 20 us, a page 1),

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"sync"
 	"testing"
@@ -26,6 +27,8 @@ type fakePaged struct {
 	gate      chan struct{} // not nil: Populate waits for it
 	err       error         // not nil: Populate fails
 	fickle    bool          // what is populated is taken away before Populate returns
+	keep      bool          // what is taken away keeps its content
+	delay     func() time.Duration
 	watchErr  error
 	watchers  map[int]func(off, n int, gone bool)
 	next      int
@@ -51,6 +54,9 @@ func (f *fakePaged) Populate(off, n int, write bool) error {
 	f.populated = append(f.populated, fmt.Sprintf("%d+%d %v", first, end-first, write))
 	gate := f.gate
 	f.mu.Unlock()
+	if f.delay != nil {
+		time.Sleep(f.delay())
+	}
 	if gate != nil {
 		<-gate
 	}
@@ -114,7 +120,60 @@ func (f *fakePaged) take(page, n int, gone bool) {
 		f.resident[i] = false
 	}
 	f.mu.Unlock()
-	clear(f.alias[page*ps : (page+n)*ps])
+	if !f.keep {
+		clear(f.alias[page*ps : (page+n)*ps])
+	}
+}
+
+// page replaces the memory of both sides by paged memory that is slow to come and goes all the time, until stop is
+// called. Of the sides' peers some bear RNR NAKs.
+func (tp *testPair) page(t *testing.T, seed uint64) (stop func()) {
+	done := make(chan struct{})
+	var wg sync.WaitGroup
+	for i := range tp.mr {
+		tp.dev[i].attr.Caps |= verbs.CapOnDemandPaging
+		r := rand.New(rand.NewPCG(seed, uint64(i)))
+		var mu sync.Mutex // workers populate at the same time
+		f := newFakePaged(len(tp.mem[i]) / os.Getpagesize())
+		f.keep, f.delay = true, func() time.Duration {
+			mu.Lock()
+			defer mu.Unlock()
+			return time.Duration(r.ExpFloat64() * float64(50*time.Microsecond))
+		}
+		if err := tp.mr[i].Deregister(); err != nil {
+			t.Fatal(err)
+		}
+		m, err := tp.pd[i].RegOnDemandMR(f, 0x1000, accessAll)
+		if err != nil {
+			t.Fatal(err)
+		}
+		tp.mem[i], tp.mr[i] = f.alias, m
+		tp.qp[i].(*qp).peerRNR = [...]uint8{0, 7, 1, 3}[seed%4]
+		wg.Go(func() {
+			r := rand.New(rand.NewPCG(seed, uint64(2+i)))
+			for {
+				select {
+				case <-done:
+					return
+				case <-time.After(time.Millisecond):
+					f.take(r.IntN(len(f.resident)-8), 1+r.IntN(8), false)
+				}
+			}
+		})
+	}
+	return func() {
+		close(done)
+		wg.Wait()
+		for i := range tp.dev {
+			s := tp.dev[i].Stats()
+			if s["odp_faults"] == 0 || s["odp_invalidated_pages"] == 0 {
+				t.Errorf("side %d: %d faults, %d pages taken away: the test is none", i, s["odp_faults"], s["odp_invalidated_pages"])
+			}
+			if s["odp_present_pages"] != s["odp_fault_pages"]-s["odp_invalidated_pages"] {
+				t.Errorf("side %d: the books do not balance: %v", i, s)
+			}
+		}
+	}
 }
 
 func (f *fakePaged) close() { // the gate

@@ -53,6 +53,7 @@ type requester struct {
 	// On-demand paging.
 	txFault  faultState
 	askAgain bool // a response could not be placed: go back when its page is there
+	reprobe  bool // a probe could not be sent: send it when its page is there
 	resend   bool // the socket could not read what it was to send
 }
 
@@ -91,8 +92,14 @@ func (d *device) runRequester(q *qp) (more bool) {
 		return d.sendUD(q)
 	}
 	if q.askAgain {
-		q.askAgain = false
+		q.askAgain, q.reprobe = false, false
 		d.goBack(q, d.resumePSN(q), false)
+	}
+	if q.reprobe {
+		q.reprobe = false
+		if d.probe(q); q.State() == verbs.StateErr || q.txFault.waiting {
+			return false
+		}
 	}
 	if q.resend {
 		q.resend = false
@@ -565,6 +572,7 @@ func (d *device) timeout(q *qp) {
 			d.dueAnswer(q)
 		}
 	}
+	d.askRepeat(q)
 	if q.State() != verbs.StateRTS && q.State() != verbs.StateSQD {
 		return
 	}
@@ -576,6 +584,7 @@ func (d *device) timeout(q *qp) {
 		q.rnrUntil = time.Time{}
 		q.deadline = time.Time{}
 		d.goBack(q, q.una, false)
+		q.backAt = time.Time{} // it was no answer to a loss: a sequence NAK from now on is news
 		return
 	}
 	if q.deadline.IsZero() || q.una == q.max {
@@ -633,6 +642,7 @@ func (d *device) probe(q *qp) {
 	v := d.emitRequest(q, w, k, true)
 	if v == absent {
 		v = d.pauseTX(q, w, w.first.Add(k), uint32(k*q.pmtu), w.isReadLike())
+		q.reprobe = v == absent
 	}
 	if v == refused {
 		q.fail(w, verbs.WCLocProtErr)

@@ -43,7 +43,10 @@ type responder struct {
 
 	// On-demand paging.
 	rxFault faultState
-	held    bool  // the packet at epsn was dropped without a word, to be asked for when its page is there
+	held    bool      // the packet at epsn was dropped without a word, to be asked for when its page is there
+	askAt   time.Time // when to ask for packet askPSN again, if it has not come; zero: never
+	askPSN  psn.PSN
+	askWait time.Duration
 	peerRNR uint8 // RNR NAKs the peer bears (its rnr_retry), as far as is known
 	rnrTold int   // RNR NAKs sent since an acknowledgement
 	// faultWait is how long the peer is told to wait when it comes for the packet of rxFault.
