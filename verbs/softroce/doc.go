@@ -28,6 +28,11 @@
 // watches (Provider.WatchDevices), an interface that goes down or an address that is deleted does the same. See
 // watch.go for what becomes of a removed device.
 //
+// # On-demand paging
+//
+// A region of RegOnDemandMR has a page table and pins nothing. The engine, which may not wait, pauses a QP whose page is absent, and
+// a worker brings the page in. See odp.go, and docs/memory.md for the whole of it.
+//
 // # Limitations
 //
 // One port, P_Key 0xFFFF, no LAP/APR, no UC, no XRC. IPv4 peers that send without DF are dropped (their ICRC cannot be told from

@@ -1146,3 +1146,42 @@ func TestFaultUD(t *testing.T) {
 		}
 	})
 }
+
+// TestFaultThroughWindow reaches absent pages through a memory window that begins at 0.
+func TestFaultThroughWindow(t *testing.T) {
+	odpScript(t, func(tc *odpContext) {
+		m, err := tc.pd.RegOnDemandMR(tc.f, odpIOVA, accessAll|verbs.AccessMWBind)
+		if err != nil {
+			t.Fatal(err)
+		}
+		w, err := tc.pd.AllocMW(verbs.MWType2B)
+		if err != nil {
+			t.Fatal(err)
+		}
+		key := verbs.UpdateFastRegKey(w.RKey())
+		tc.post(verbs.SendWR{ID: 1, Opcode: verbs.OpBindMW, Flags: verbs.SendSignaled, Bind: &verbs.MWBind{
+			MW: w, Key: key, MR: m, Addr: odpIOVA + uint64(10*tc.ps), Length: uint64(2 * tc.ps), Access: verbs.AccessRemoteWrite | verbs.AccessZeroBased}})
+		tc.wantWC("", 1, verbs.WCSuccess)
+		data := make([]byte, 256)
+		fill(data, 11)
+		for range 2 {
+			tc.write(roce.RCWriteOnly, rx(0), true, reth(uint64(tc.ps), key, 256), data)
+			if pk := tc.want("", roce.RCAck, rx(0)); pk.AETH().Syndrome() == roce.SynACK {
+				break
+			}
+		}
+		tc.wantCalls("the page of the region, not of the window", "11+1 true")
+		if !bytes.Equal(tc.f.alias[11*tc.ps:][:256], data) {
+			t.Fatal("the data is not where the window is")
+		}
+		if err := m.Deregister(); !errors.Is(err, verbs.ErrBusy) {
+			t.Fatalf("Deregister with a window bound: %v", err)
+		}
+		if err := w.Dealloc(); err != nil {
+			t.Fatal(err)
+		}
+		if err := m.Deregister(); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
