@@ -8,6 +8,7 @@ import (
 	"github.com/hashicorp/go-hclog"
 
 	"github.com/openrds/openrds/conn"
+	"github.com/openrds/openrds/ibdev"
 	"github.com/openrds/openrds/internal/packetio"
 	"github.com/openrds/openrds/verbs"
 )
@@ -65,6 +66,10 @@ type Config struct {
 
 	// MaxSlabBytes bounds the memory that is sent from and received into, of all connections together. Zero: 1 GiB.
 	MaxSlabBytes int64
+
+	// MemoryPools bounds the regions of each device, those of up to three pages and larger ones, by number and by bytes pinned.
+	// Zero values are the kernel's figures.
+	MemoryPools ibdev.PoolConfig
 
 	// MaxLentBytes bounds, per socket, the memory shared with other messages that received messages
 	// keep until Release; messages beyond it are copied. Zero: DefaultMaxLentBytes; negative: all are copied.

@@ -45,6 +45,7 @@ func openTransport(cfg *Config, k conn.Sink) (transport, error) {
 	st.reg = ibdev.NewRegistry(ibdev.Config{
 		Providers: providers, Slab: st.slab, Epoch: st.epoch, Logger: cfg.Logger.Named("ibdev"),
 		RecvMemory: cfg.MaxSlabBytes / 8 * 3, // 0 with the slab's own default
+		Pools:      cfg.MemoryPools,
 	})
 	cc := cfg.Conn
 	cc.SendMemory = cfg.MaxSlabBytes / 2

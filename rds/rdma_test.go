@@ -15,7 +15,9 @@ import (
 	"time"
 
 	"github.com/openrds/openrds/conn"
+	"github.com/openrds/openrds/ibdev"
 	"github.com/openrds/openrds/internal/simnet"
+	"github.com/openrds/openrds/mrpool"
 	"github.com/openrds/openrds/verbs"
 	"github.com/openrds/openrds/verbs/faultverbs"
 	"github.com/openrds/openrds/verbs/softroce"
@@ -714,6 +716,215 @@ func TestRegionDeviceGone(t *testing.T) {
 				closeService(t, other)
 			})
 		})
+	}
+}
+
+// TestRegionsBounded: a device has so many regions and no more. What waits gets the one that comes back.
+func TestRegionsBounded(t *testing.T) {
+	for _, mode := range []string{"open", "kernel"} {
+		t.Run(mode, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				p := newRDMAPair(t, mode, Config{MemoryPools: ibdev.PoolConfig{Small: mrpool.PoolConfig{MaxItems: 4}, Large: mrpool.PoolConfig{MaxPinned: 1 << 20}}})
+				s, peer := p.client, p.server.AddrPort()
+				mustWrite(t, s, []byte("connect"), peer)
+				mustReceive(t, p.server)
+				var rs []*Region
+				for i := range 4 {
+					var r *Region
+					var err error
+					if i%2 == 0 {
+						r, err = s.RegisterRegion(bg(), make([]byte, 100), RegionOptions{})
+					} else {
+						r, err = s.RegisterRegionFor(bg(), peer, make([]byte, 100), RegionOptions{})
+					}
+					if err != nil {
+						t.Fatal(i, err)
+					}
+					rs = append(rs, r)
+				}
+				full := func(what string, err error) {
+					t.Helper()
+					if !errors.Is(err, ErrPoolExhausted) || !errors.Is(err, syscall.EAGAIN) {
+						t.Errorf("%s: %v", what, err)
+					}
+				}
+				_, err := s.RegisterRegion(bg(), make([]byte, 100), RegionOptions{})
+				full("a fifth", err)
+				_, err = s.RegisterRegionFor(bg(), peer, make([]byte, 100), RegionOptions{})
+				full("a fifth for a peer", err)
+				_, err = s.SendMapped(bg(), Message{Peer: peer}, make([]byte, 100), RegionOptions{})
+				full("a fifth with a message", err)
+				_, err = s.TrySendMapped(Message{Peer: peer}, make([]byte, 100), RegionOptions{})
+				full("a fifth at once", err)
+				var wg sync.WaitGroup
+				for i := range 2 {
+					wg.Go(func() {
+						time.Sleep(500 * time.Millisecond)
+						rs[i].Close() // without invalidation: whoever waits has it flushed
+					})
+					if i == 0 {
+						rs[i], err = s.RegisterRegion(bg(), make([]byte, 100), RegionOptions{})
+					} else {
+						rs[i], err = s.RegisterRegionFor(bg(), peer, make([]byte, 100), RegionOptions{})
+					}
+					if err != nil {
+						t.Error("waiting for one:", err)
+					}
+					wg.Wait()
+				}
+				big, err := s.RegisterRegion(bg(), make([]byte, 1<<20-8192), RegionOptions{})
+				if err != nil {
+					t.Fatal(err)
+				}
+				_, err = s.RegisterRegion(bg(), make([]byte, 1<<20-8192), RegionOptions{})
+				full("more pinned bytes", err)
+				big.Close()
+				if st := s.svc.Stats(); st.MemoryPools["ib_rdma_mr_8k_pool_depleted"] == 0 || st.MemoryPools["ib_rdma_mr_8k_used"] != 6 {
+					t.Errorf("counters: %v", st.MemoryPools)
+				}
+				p.close(t)
+				waitDone(t, append(rs, big)...)
+			})
+		})
+	}
+}
+
+// TestRegionForDestination: without a connection it waits for one, or says so; with the connection lost and back the key still
+// works.
+func TestRegionForDestination(t *testing.T) {
+	for _, mode := range []string{"open", "kernel"} {
+		t.Run(mode, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				p := newRDMAPair(t, mode, Config{})
+				s, peer := p.client, p.server.AddrPort()
+				p.net.Partition(addrA, addrB)
+				if r, err := s.TrySendMapped(Message{Peer: peer}, make([]byte, 100), RegionOptions{}); !errors.Is(err, ErrNotReady) || !errors.Is(err, syscall.EAGAIN) {
+					t.Fatalf("%v, %v", r, err)
+				}
+				ctx, cancel := context.WithTimeout(bg(), 15*time.Second)
+				defer cancel()
+				if _, err := s.RegisterRegionFor(ctx, peer, make([]byte, 100), RegionOptions{}); !errors.Is(err, context.DeadlineExceeded) {
+					t.Fatal(err)
+				}
+				time.AfterFunc(time.Second, func() { p.net.Heal(addrA, addrB) })
+				mem := make([]byte, 100000)
+				r, err := s.RegisterRegionFor(bg(), peer, mem, RegionOptions{})
+				if err != nil {
+					t.Fatal(err)
+				}
+				if n := s.svc.Stats().MemoryPools["ib_rdma_mr_1m_used"]; n != 1 {
+					t.Errorf("%d regions of the pool were used", n)
+				}
+				time.Sleep(time.Second) // the request that makes the key valid is executed
+				// The connection breaks.
+				resets := s.svc.Stats().Conn.ConnReset
+				p.net.Partition(addrA, addrB)
+				mustWrite(t, s, []byte("lost"), peer)
+				time.Sleep(30 * time.Second)
+				p.net.Heal(addrA, addrB)
+				mustReceive(t, p.server)
+				if s.svc.Stats().Conn.ConnReset == resets {
+					t.Error("the connection did not break")
+				}
+				if r.Err() != nil {
+					t.Error(r.Err())
+				}
+				local := mustRegister(t, p.server, 100000, RegionOptions{})
+				copy(local.Bytes(), payload(100000, 3))
+				mustSend(t, p.server, Message{Peer: s.AddrPort(), RDMA: &RDMA{Op: RDMAWrite, Local: []Piece{local.Piece(0, 100000)}, Remote: r.Cookie(), Notify: true}})
+				wantCompletion(t, p.server, 0, StatusSuccess)
+				if !bytes.Equal(mem, payload(100000, 3)) {
+					t.Error("wrong bytes")
+				}
+				if err := r.Invalidate(bg()); err != nil {
+					t.Error(err)
+				}
+				mustSend(t, p.server, Message{Peer: s.AddrPort(), RDMA: &RDMA{Op: RDMAWrite, Local: []Piece{local.Piece(0, 100000)}, Remote: r.Cookie(), Notify: true}})
+				wantCompletion(t, p.server, 0, StatusRemoteError)
+				// A message that cannot be sent gives the region back.
+				s.SetWriteBuffer(10)
+				if _, err := s.SendMapped(bg(), Message{Peer: peer, Data: make([]byte, 11)}, mem, RegionOptions{}); !errors.Is(err, ErrMessageTooLong) {
+					t.Error(err)
+				}
+				if err := s.svc.FlushRegions(bg()); err != nil {
+					t.Error(err)
+				}
+				s.la.regions.mu.Lock()
+				if n := len(s.la.regions.byKey); n != 0 {
+					t.Errorf("%d regions are left", n)
+				}
+				s.la.regions.mu.Unlock()
+				p.close(t)
+			})
+		})
+	}
+}
+
+// TestArenaRegion: peers read and write memory of which nothing was resident, and what is discarded reads as zero.
+func TestArenaRegion(t *testing.T) {
+	a, err := OpenArena(4 << 20)
+	if errors.Is(err, ErrNotSupported) {
+		t.Skip(err)
+	} else if err != nil {
+		t.Fatal(err)
+	}
+	svc, other := openUDP(t, Config{}), openUDP(t, Config{})
+	s, c := bind(t, svc, ap(netip.MustParseAddr("127.0.7.1"), 4000)), bind(t, other, ap(netip.MustParseAddr("127.0.7.2"), 4000))
+	near := bind(t, other, ap(netip.MustParseAddr("127.0.7.3"), 4000))
+	region, err := c.RegisterRegion(bg(), a.Bytes()[4096:], RegionOptions{Arena: a})
+	if err != nil {
+		t.Fatal(err)
+	}
+	forS, err := c.RegisterRegionFor(bg(), s.AddrPort(), a.Bytes()[:100], RegionOptions{Arena: a})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.RegisterRegion(bg(), make([]byte, 100), RegionOptions{Arena: a}); !errors.Is(err, ErrNotSupported) {
+		t.Errorf("Go memory on demand: %v", err)
+	}
+	if n, err := a.Resident(0, 4<<20); n != 0 || err != nil {
+		t.Errorf("%d bytes are resident, %v", n, err)
+	}
+	for _, from := range []*Socket{s, near} { // over the wire, and inside a Service
+		local := mustRegister(t, from, 1<<20, RegionOptions{})
+		copy(local.Bytes(), payload(1<<20, 7))
+		do := func(op RDMAOp, cookie Cookie, off uint64, n int) {
+			t.Helper()
+			mustSend(t, from, Message{Peer: c.AddrPort(), RDMA: &RDMA{Op: op, Local: []Piece{local.Piece(0, n)}, Remote: cookie, RemoteOffset: off, Notify: true}})
+			wantCompletion(t, from, 0, StatusSuccess)
+			mustReceive(t, c)
+		}
+		do(RDMAWrite, region.Cookie(), 1<<20, 1<<20)
+		if !bytes.Equal(a.Bytes()[4096+1<<20:][:1<<20], payload(1<<20, 7)) {
+			t.Error("WRITE: wrong bytes")
+		}
+		if n, _ := a.Resident(4096+1<<20, 1<<20); n < 1<<20 {
+			t.Errorf("%d bytes are resident", n)
+		}
+		if err := a.Discard(4096+1<<20, 1<<20); err != nil {
+			t.Fatal(err)
+		}
+		do(RDMARead, region.Cookie(), 1<<20, 1<<20)
+		if !bytes.Equal(local.Bytes(), make([]byte, 1<<20)) {
+			t.Error("READ of what was discarded: not zero")
+		}
+		do(RDMAWrite, forS.Cookie(), 0, 100)
+		if err := a.Discard(0, 4<<20); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := a.Close(); !errors.Is(err, verbs.ErrBusy) {
+		t.Errorf("closing the arena under its regions: %v", err)
+	}
+	region.Close()
+	if err := forS.Invalidate(bg()); err != nil {
+		t.Error(err)
+	}
+	waitDone(t, region, forS)
+	closeService(t, svc)
+	closeService(t, other)
+	if err := a.Close(); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -106,6 +106,8 @@ type Link struct {
 
 	opSGE int // SGEs of an Op's requests
 
+	lastMark uint32 // the pool's requests before the marker
+
 	poolMu     sync.Mutex
 	poolClosed bool                      // guarded by poolMu
 	pool       atomic.Pointer[mrpool.QP] // made when memory is first mapped here, closed with the link; written under poolMu
@@ -120,7 +122,7 @@ type slot struct {
 	kind   Kind
 	chunks [2]*slab.Chunk // referenced until the completion
 	op     *Op            // of a oneSided one
-	mark   uint32         // of a signaled one: the pool's requests before it
+	mark   uint32         // the pool's requests before it
 }
 
 func (l *Link) slot(i uint32) *slot { return &l.slots[int(i)&(l.cfg.Ring-1)] }
@@ -309,8 +311,11 @@ func (l *Link) Post(sends []Send) (int, error) {
 			l.acks.Inc()
 		}
 	}
-	if p := l.pool.Load(); p != nil && len(sends) > 0 {
-		l.slot(h + uint32(len(sends)-1)).mark = p.Mark()
+	if p := l.pool.Load(); p != nil {
+		mark := p.Mark()
+		for i := range sends {
+			l.slot(h + uint32(i)).mark = mark
+		}
 	}
 	l.dataHead.Add(data)
 	l.head.Store(h + uint32(len(sends)))
@@ -334,6 +339,7 @@ func (l *Link) SendWC(wc *verbs.WC) {
 		return
 	}
 	if wc.ID&idMarker != 0 {
+		l.passed(l.lastMark)
 		close(l.drained)
 		return
 	}
@@ -344,9 +350,7 @@ func (l *Link) SendWC(wc *verbs.WC) {
 		l.fail(fmt.Errorf("completion of send %d, which is not in flight", uint32(wc.ID)))
 		return
 	}
-	if p := l.pool.Load(); p != nil && wc.Status == verbs.WCSuccess {
-		p.Passed(l.slot(t + n - 1).mark)
-	}
+	l.passed(l.slot(t + n - 1).mark)
 	l.reclaim(t, n, wc.Status, false)
 	if wc.Status != verbs.WCSuccess {
 		l.fail(wc.Err())
@@ -462,6 +466,9 @@ func (l *Link) Close(timeout time.Duration) error {
 	}
 	// 3. The marker behind the last send.
 	if inERR {
+		if p := l.pool.Load(); p != nil {
+			l.lastMark = p.Mark()
+		}
 		wr := []verbs.SendWR{{ID: l.num | idMarker, Opcode: verbs.OpSend, Flags: verbs.SendSignaled}}
 		if _, err := l.qp.PostSend(wr); err != nil {
 			errs = append(errs, fmt.Errorf("marker: %w", err))

@@ -29,6 +29,14 @@ func (l *Link) Map(ctx context.Context, r mrpool.Request, wait bool) (mrpool.Map
 	return p.Map(r)
 }
 
+// passed tells the pool that a request with that mark has completed, in whatever way: of the pool's requests before it, those that
+// were not executed have completed themselves. Send handler.
+func (l *Link) passed(mark uint32) {
+	if p := l.pool.Load(); p != nil {
+		p.Passed(mark)
+	}
+}
+
 // poolWC is a completion of a request of the pool's.
 func (l *Link) poolWC(wc *verbs.WC) {
 	if p := l.pool.Load(); p == nil || !p.Completion(wc) {
