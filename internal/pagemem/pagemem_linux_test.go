@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"math"
 	"net"
 	"os"
 	"os/exec"
@@ -286,7 +287,7 @@ func TestConcurrentActs(t *testing.T) {
 }
 
 func TestArguments(t *testing.T) {
-	for _, n := range []int{0, -1, 1<<63 - 1} {
+	for _, n := range []int{0, -1, math.MaxInt} {
 		if m, err := Open(n); err == nil {
 			m.Close()
 			t.Errorf("Open(%d) worked", n)
@@ -294,7 +295,7 @@ func TestArguments(t *testing.T) {
 	}
 	m := open(t, 2)
 	defer closeMemory(t, m)
-	for _, c := range [][2]int{{-1, 1}, {0, -1}, {0, len(m.Alias()) + 1}, {len(m.Alias()), 1}, {1 << 62, 1 << 62}} {
+	for _, c := range [][2]int{{-1, 1}, {0, -1}, {0, len(m.Alias()) + 1}, {len(m.Alias()), 1}, {math.MaxInt, math.MaxInt}} {
 		if err := m.Populate(c[0], c[1], false); !errors.Is(err, unix.EFAULT) {
 			t.Errorf("Populate%v: %v", c, err)
 		}
