@@ -129,7 +129,7 @@ func TestLayersComplete(t *testing.T) {
 		if !inside || known[ours] {
 			continue
 		}
-		for _, free := range []string{"cmd/", "test/", "internal/arch", "internal/leak", "internal/rawudp", "internal/bench", "internal/wire/wiretest", "verbs/verbstest"} {
+		for _, free := range []string{"cmd/", "test/", "internal/arch", "internal/leak", "internal/rawudp", "internal/bench", "internal/wire/wiretest", "verbs/verbstest", "rds/rdstest"} {
 			if strings.HasPrefix(ours, free) {
 				known[ours] = true
 			}
@@ -145,7 +145,7 @@ func TestLayersComplete(t *testing.T) {
 func TestTestOnly(t *testing.T) {
 	testOnly := []string{
 		module + "/internal/leak", module + "/internal/simnet", module + "/internal/wire/wiretest",
-		module + "/verbs/verbstest", module + "/verbs/faultverbs",
+		module + "/verbs/verbstest", module + "/verbs/faultverbs", module + "/rds/rdstest",
 		"testing", "testing/synctest", "go.uber.org/goleak", "pgregory.net/rapid", "github.com/google/go-cmp/cmp",
 	}
 	for _, p := range list(t) {
