@@ -113,11 +113,13 @@ type RDMA struct {
 	Silent     bool // if the payload is empty there is no datagram: only the operation is executed
 
 	Owner RDMAOwner
+
+	op op
 }
 
 // RDMAOwner is who an operation is for.
 type RDMAOwner interface {
-	// RDMADone is called once, when the connection touches none of the memory any more. It may run in completion handlers,
+	// RDMADone is called once, when the connection touches none of the memory any more, nor the RDMA itself. It may run in completion handlers,
 	// in the caller of SendExtra, Cancel, Manager.Close: it may not wait, and may not call back into the connection.
 	RDMADone(s RDMAStatus)
 }

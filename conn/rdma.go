@@ -31,7 +31,8 @@ type side struct {
 	op  *op // until it is done
 }
 
-// op is an operation and its message. Guarded by Conn.mu, except for what the link has while it is in flight.
+// op is an operation and its message, in the caller's RDMA: nothing points to it once the owner has been told. Guarded by Conn.mu,
+// except for what the link has while it is in flight.
 type op struct {
 	ib.Op
 	c         *Conn
@@ -62,7 +63,8 @@ func (c *Conn) SendExtra(owner Owner, srcPort, dstPort uint16, payload []byte, f
 		if len(r.SGs) > c.m.maxPieces {
 			return ErrTooManyPieces
 		}
-		o := &op{c: c, r: r, alone: r.Silent && len(payload) == 0 && x.Cookie == 0}
+		o := &r.op
+		*o = op{c: c, r: r, alone: r.Silent && len(payload) == 0}
 		o.Op = ib.Op{Opcode: r.Opcode, SGs: r.SGs, RKey: r.RKey, RemoteAddr: r.RemoteAddr, CompareAdd: r.CompareAdd, Swap: r.Swap, Owner: o}
 		s.op = o
 		if r.Opcode == verbs.OpRead || r.Opcode == verbs.OpWrite {
@@ -95,9 +97,9 @@ func (q *sendQueue) appendSide(owner Owner, sport, dport uint16, n int, ack uint
 		return seq, first, false
 	}
 	if q.sides == nil {
-		q.sides = make(map[uint64]*side)
+		q.sides = make(map[uint64]side)
 	}
-	q.sides[seq] = s
+	q.sides[seq] = *s
 	if s.op != nil {
 		s.op.seq = seq
 	}
@@ -110,8 +112,17 @@ func (q *sendQueue) appendSide(owner Owner, sport, dport uint16, n int, ack uint
 // putExt writes the extensions of message seq into its header at b.
 func (q *sendQueue) putExt(b []byte, seq uint64) {
 	h := rdshdr.Header(b[:hdrLen:hdrLen])
-	copy(h.Ext(), q.sides[seq].ext[:])
+	ext := q.sides[seq].ext
+	copy(h.Ext(), ext[:])
 	h.Seal()
+}
+
+// forgetOp is for an operation that is over, or about to be: its message has none.
+func (q *sendQueue) forgetOp(seq uint64) {
+	if s, ok := q.sides[seq]; ok {
+		s.op = nil
+		q.sides[seq] = s
+	}
 }
 
 // fence reports whether the SEND that begins at the cursor has to wait for an operation before it.
@@ -141,8 +152,9 @@ func (q *sendQueue) opDue() (o *op, wait bool) {
 // postOp posts o and takes note of what became of it. Transmitter; it is called with mu held and returns so, and
 // lets go of it in between.
 func (c *Conn) postOp(l *ib.Link, o *op) {
+	seq, alone := o.seq, o.alone
 	o.state = opPosted
-	c.q.msg(o.seq).flags &^= msgOp
+	c.q.msg(seq).flags &^= msgOp
 	c.mu.Unlock()
 	var posted bool
 	err := ib.ErrRefused // keys of another device, or more than the ring ever holds
@@ -153,22 +165,24 @@ func (c *Conn) postOp(l *ib.Link, o *op) {
 	var r released
 	c.mu.Lock()
 	if refused {
-		c.q.cancel(o.seq, &r)
+		c.q.cancel(seq, &r)
 	}
 	switch {
 	case posted:
-		// OpDone tells, or has told already.
-		if o.alone && c.q.next == o.seq && c.q.next != c.q.tail && c.q.msg(o.seq).flags&msgCancelled == 0 {
+		// OpDone tells, or has told already: o is not ours any more.
+		if alone && c.q.next == seq && seq != c.q.tail && c.q.msg(seq).flags&msgCancelled == 0 {
 			c.q.next++ // all of it is on its way
 			c.q.everSent = max(c.q.everSent, c.q.next)
 		}
 	case refused:
+		c.q.forgetOp(seq)
 		r.end(o, RDMAOther)
 	case o.cancelled:
+		c.q.forgetOp(seq)
 		r.end(o, RDMACancelled)
 	default:
 		o.state = opQueued
-		c.q.msg(o.seq).flags |= msgOp
+		c.q.msg(seq).flags |= msgOp
 	}
 	c.emptyLocked()
 	if r.some() {
@@ -184,8 +198,8 @@ func (o *op) OpDone(s verbs.WCStatus) {
 	var r released
 	c.mu.Lock()
 	st := o.outcome(s)
-	if sd := c.q.sides[o.seq]; sd != nil {
-		sd.op = nil
+	if _, ok := c.q.sides[o.seq]; ok {
+		c.q.forgetOp(o.seq)
 		if st != RDMASuccess || o.alone {
 			if c.q.cancel(o.seq, &r) && st == RDMASuccess {
 				c.m.count.sendAcked.Inc()
@@ -220,7 +234,11 @@ func (o *op) outcome(s verbs.WCStatus) RDMAStatus {
 // end notes that o is over.
 func (r *released) end(o *op, s RDMAStatus) {
 	o.state = opDone
-	r.ops = append(r.ops, endedOp{o, s})
+	if r.op.o == nil {
+		r.op = endedOp{o, s}
+	} else {
+		r.ops = append(r.ops, endedOp{o, s})
+	}
 }
 
 type endedOp struct {
@@ -228,7 +246,7 @@ type endedOp struct {
 	s RDMAStatus
 }
 
-func (e *endedOp) tell() {
+func (e endedOp) tell() {
 	o, k := e.o, &e.o.c.m.count
 	if e.s != RDMASuccess {
 		k.rdmaFailed[e.s].Inc()
@@ -279,14 +297,13 @@ func (q *sendQueue) cancelMsg(seq uint64, m *msg) {
 
 // cancelOp takes back the operation of a message that is being cancelled: if it is in flight it goes on to its end.
 func (q *sendQueue) cancelOp(seq uint64, r *released) {
-	s := q.sides[seq]
-	o := s.op
+	o := q.sides[seq].op
 	if o == nil {
 		return
 	}
 	o.cancelled = true
 	if o.state == opQueued {
-		s.op = nil
+		q.forgetOp(seq)
 		r.end(o, RDMACancelled)
 	}
 }
@@ -315,13 +332,11 @@ func (c *Conn) dropOps() {
 		var r released
 		n := 0
 		for ; n < min(len(seqs), len(r.runs)); n++ { // each may have another owner
-			s := c.q.sides[seqs[n]]
-			if s == nil || s.op == nil || s.op.state != opQueued {
-				continue
+			if o := c.q.sides[seqs[n]].op; o != nil && o.state == opQueued {
+				r.end(o, RDMADropped)
+				c.q.forgetOp(seqs[n])
+				c.q.cancel(seqs[n], &r)
 			}
-			r.end(s.op, RDMADropped)
-			s.op = nil
-			c.q.cancel(seqs[n], &r)
 		}
 		seqs = seqs[n:]
 		c.emptyLocked()

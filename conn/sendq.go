@@ -55,7 +55,7 @@ type sendQueue struct {
 	chunks            []chunk // serial n is chunks[n & mask]; a power of two
 	firstSer, lastSer uint32  // lastSer is one past the last
 
-	sides map[uint64]*side // of messages with msgSide: rdma.go
+	sides map[uint64]side // of messages with msgSide: rdma.go
 
 	runSer uint32 // open dialect, nextOff > 0: the chunk that the rest of message next begins
 
@@ -337,7 +337,8 @@ func (q *sendQueue) runFull() bool {
 type released struct {
 	n    int
 	runs [32]releasedRun
-	ops  []endedOp
+	op   endedOp   // the first
+	ops  []endedOp // the rest
 }
 
 type releasedRun struct {
@@ -365,7 +366,7 @@ func (r *released) add(o Owner, bytes int) bool {
 }
 
 // some reports whether there is anything to tell.
-func (r *released) some() bool { return r.n > 0 || len(r.ops) > 0 }
+func (r *released) some() bool { return r.n > 0 || r.op.o != nil }
 
 // tell calls the owners. No lock is held.
 func (r *released) tell() {
@@ -375,11 +376,12 @@ func (r *released) tell() {
 		run.owner = nil
 	}
 	r.n = 0
-	if r.ops != nil {
-		ops := r.ops
-		r.ops = nil
-		for i := range ops {
-			ops[i].tell()
+	if r.op.o != nil {
+		first, rest := r.op, r.ops
+		r.op, r.ops = endedOp{}, nil
+		first.tell()
+		for _, e := range rest {
+			e.tell()
 		}
 	}
 }

@@ -346,3 +346,52 @@ func measure(svcs ...*Service) (f footprint) {
 	}
 	return f
 }
+
+// BenchmarkRDMA is one operation with its datagram, or alone, after the other over loopback sockets, 16 of them outstanding.
+func BenchmarkRDMA(b *testing.B) {
+	for _, op := range []RDMAOp{RDMAWrite, RDMARead} {
+		for _, size := range []int{64, 64 << 10, 1 << 20} {
+			for _, silent := range []bool{true, false} {
+				name := fmt.Sprintf("%v/%d", op, size)
+				if silent {
+					name += "/silent"
+				}
+				b.Run(name, func(b *testing.B) { benchRDMA(b, op, size, silent) })
+			}
+		}
+	}
+}
+
+func benchRDMA(b *testing.B, op RDMAOp, size int, silent bool) {
+	const window = 16
+	sa, sb := openUDP(b, Config{}), openUDP(b, Config{})
+	x, y := bind(b, sa, ap(netip.MustParseAddr("127.0.5.1"), 4000)), bind(b, sb, ap(netip.MustParseAddr("127.0.5.2"), 4000))
+	local, remote := mustRegister(b, x, size, RegionOptions{}), mustRegister(b, y, size, RegionOptions{})
+	m := Message{Peer: y.AddrPort(), RDMA: &RDMA{Op: op, Local: []Piece{local.Piece(0, size)}, Remote: remote.Cookie(), Silent: silent, Notify: true}}
+	if !silent {
+		m.Data = make([]byte, 16)
+		go func() {
+			p := make([]byte, 64)
+			for {
+				if _, _, err := y.ReadFromAddrPort(p); err != nil {
+					return
+				}
+			}
+		}()
+	}
+	b.SetBytes(int64(size))
+	b.ReportAllocs()
+	out := 0
+	for b.Loop() {
+		if out == window {
+			wantCompletion(b, x, 0, StatusSuccess)
+			out--
+		}
+		mustSend(b, x, m)
+		out++
+	}
+	for ; out > 0; out-- {
+		wantCompletion(b, x, 0, StatusSuccess)
+	}
+	y.Close()
+}

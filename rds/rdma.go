@@ -97,6 +97,7 @@ func (o RDMAOp) atomic() bool { return o > RDMAWrite }
 // operation is an RDMA on its way.
 type operation struct {
 	conn.RDMA
+	extra  conn.Extra // with RDMA
 	s      *Socket
 	what   Completion // but for the status
 	notify bool       // a Completion was promised
@@ -139,9 +140,14 @@ func (s *Socket) operation(r *RDMA, to netip.AddrPort) (*operation, error) {
 			return nil, fmt.Errorf("%w: atomics", ErrNotSupported)
 		}
 	}
-	o := &operation{s: s, what: Completion{Token: r.Token, Op: r.Op, Peer: to}}
-	o.RDMA = conn.RDMA{Opcode: code, Device: r.Local[0].Region.m.Device(), SGs: make([]verbs.SGE, len(r.Local)),
-		RKey: verbs.RKey(r.Remote.RKey()), RemoteAddr: r.remoteAddr(), NoFence: r.NoFence, Silent: r.Silent, Owner: o}
+	o, ok := s.svc.ops.Get().(*operation)
+	if !ok {
+		o = new(operation)
+		o.extra.RDMA, o.Owner = &o.RDMA, o
+	}
+	o.s, o.what, o.notify = s, Completion{Token: r.Token, Op: r.Op, Peer: to}, false
+	o.Opcode, o.Device, o.SGs, o.RKey, o.RemoteAddr = code, r.Local[0].Region.m.Device(), o.SGs[:0], verbs.RKey(r.Remote.RKey()), r.remoteAddr()
+	o.NoFence, o.Silent = r.NoFence, r.Silent
 	switch r.Op {
 	case CompareSwap:
 		o.CompareAdd, o.Swap = r.Compare, r.Swap
@@ -161,14 +167,14 @@ func (s *Socket) operation(r *RDMA, to netip.AddrPort) (*operation, error) {
 			}
 		}
 		if err != nil {
-			o.release()
+			o.abort()
 			return nil, err
 		}
-		o.SGs[i] = verbs.SGE{Addr: p.Region.m.IOVA() + uint64(p.Offset), Length: uint32(p.Length), LKey: p.Region.m.LKey()}
+		o.SGs = append(o.SGs, verbs.SGE{Addr: p.Region.m.IOVA() + uint64(p.Offset), Length: uint32(p.Length), LKey: p.Region.m.LKey()})
 	}
 	if r.Notify {
 		if !s.comp.promise() {
-			o.release()
+			o.abort()
 			return nil, fmt.Errorf("%w: %d operations whose completions were not read", ErrNoBufferSpace, maxCompletions)
 		}
 		o.notify = true
@@ -181,7 +187,8 @@ func (o *operation) release() {
 	for i := range o.local {
 		o.local[i].Region.drop()
 	}
-	o.local = nil
+	clear(o.local)
+	o.local = o.local[:0]
 }
 
 // abort is for an operation that the connection did not take.
@@ -190,6 +197,7 @@ func (o *operation) abort() {
 	if o.notify {
 		o.s.comp.breakPromise()
 	}
+	o.s.svc.ops.Put(o)
 }
 
 // RDMADone implements conn.RDMAOwner.
@@ -204,6 +212,7 @@ func (o *operation) RDMADone(st conn.RDMAStatus) {
 			o.s.svc.ctr.completionsLost.Add(1)
 		}
 	}
+	o.s.svc.ops.Put(o)
 }
 
 // isLocal reports whether d is an address of the same Service.

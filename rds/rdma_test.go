@@ -543,6 +543,7 @@ func TestRDMADropped(t *testing.T) {
 				mustSend(t, p.server, Message{Peer: p.client.AddrPort(), RDMA: &r})
 				wantCompletion(t, p.server, 0, StatusSuccess)
 				mustReceive(t, p.client)
+				time.Sleep(time.Second) // it is acknowledged
 				p.net.Partition(addrA, addrB)
 				r.Token = 1
 				mustSend(t, p.server, Message{Peer: p.client.AddrPort(), Data: []byte("lost"), RDMA: &r})

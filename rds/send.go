@@ -263,7 +263,7 @@ func (s *Socket) sendExtra(ctx context.Context, m *Message, to netip.AddrPort, t
 	if err != nil {
 		return s.opError("write", to, err)
 	}
-	if _, err = s.write(ctx, m.Data, to, tos, &conn.Extra{RDMA: &o.RDMA}, wait); err != nil {
+	if _, err = s.write(ctx, m.Data, to, tos, &o.extra, wait); err != nil {
 		o.abort()
 	}
 	return err

@@ -21,6 +21,7 @@ type Service struct {
 
 	arena arena
 	msgs  sync.Pool // *Message
+	ops   sync.Pool // *operation
 	ctr   counters
 
 	closed atomic.Bool // decides; set under mu
