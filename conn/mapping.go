@@ -152,8 +152,8 @@ func (m *Manager) FlushMemory(ctx context.Context) error {
 }
 
 // WaitUp waits until the connection is established, and starts that. It may go down again at any time. Errors: ErrClosed,
-// ctx's.
-func (c *Conn) WaitUp(ctx context.Context) error {
+// also when stop is closed; ctx's.
+func (c *Conn) WaitUp(ctx context.Context, stop <-chan struct{}) error {
 	for {
 		c.mu.Lock()
 		switch {
@@ -176,6 +176,8 @@ func (c *Conn) WaitUp(ctx context.Context) error {
 		case <-wait:
 		case <-ctx.Done():
 			err = ctx.Err()
+		case <-stop:
+			err = ErrClosed
 		}
 		c.mu.Lock()
 		c.upWaiters--

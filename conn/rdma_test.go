@@ -195,7 +195,7 @@ func TestRDMAFence(t *testing.T) {
 					r.NoFence = noFence
 					var arrived time.Time
 					b.sink.accept = func(*Conn, *Incoming) bool { arrived = time.Now(); return true }
-					if err := a.conn(addrB).WaitUp(context.Background()); err != nil {
+					if err := a.conn(addrB).WaitUp(context.Background(), nil); err != nil {
 						t.Fatal(err)
 					}
 					var owner testOwner
@@ -504,7 +504,7 @@ func TestRDMACancel(t *testing.T) {
 			a, b := newHost(t, net, addrA, mod), newHost(t, net, addrB, mod)
 			local, remote := a.region(1<<20), b.region(1<<20)
 			c := a.conn(addrB)
-			if err := c.WaitUp(context.Background()); err != nil {
+			if err := c.WaitUp(context.Background(), nil); err != nil {
 				t.Fatal(err)
 			}
 			time.Sleep(time.Second)
@@ -567,7 +567,7 @@ func TestRDMAClose(t *testing.T) {
 		a, b := newHost(t, net, addrA), newHost(t, net, addrB)
 		local, remote := a.region(1<<20), b.region(1<<20)
 		c := a.conn(addrB)
-		if err := c.WaitUp(context.Background()); err != nil {
+		if err := c.WaitUp(context.Background(), nil); err != nil {
 			t.Fatal(err)
 		}
 		net.Partition(addrA, addrB)

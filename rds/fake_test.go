@@ -172,9 +172,13 @@ func (l *fakeLink) Map(context.Context, []byte, uint64, verbs.Access, bool) (*co
 	return nil, conn.ErrNotUp
 }
 
-func (l *fakeLink) WaitUp(ctx context.Context) error {
-	<-ctx.Done()
-	return ctx.Err()
+func (l *fakeLink) WaitUp(ctx context.Context, stop <-chan struct{}) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-stop:
+		return ErrClosed
+	}
 }
 
 func (l *fakeLink) Flush() {

@@ -72,7 +72,7 @@ func (l *localLink) Map(context.Context, []byte, uint64, verbs.Access, bool) (*c
 	return nil, verbs.ErrNotSupported
 }
 
-func (l *localLink) WaitUp(context.Context) error { return nil }
+func (l *localLink) WaitUp(context.Context, <-chan struct{}) error { return nil }
 
 func (l *localLink) Flush() {}
 

@@ -155,7 +155,7 @@ func (s *Socket) registerFor(ctx context.Context, addr netip.AddrPort, tos uint8
 		if !errors.Is(err, ErrNotReady) || !wait {
 			return r, err
 		}
-		if err := d.link.WaitUp(ctx); err != nil {
+		if err := d.link.WaitUp(ctx, s.done); err != nil {
 			return nil, err
 		}
 	}

@@ -22,7 +22,8 @@ type Socket struct {
 	tos  atomic.Uint32
 
 	// What a write looks at.
-	closed atomic.Bool // decides
+	closed atomic.Bool   // decides
+	done   chan struct{} // closed after it
 	wdl    deadline
 	sndbuf atomic.Int64
 	last   atomic.Pointer[dest]    // of the latest write
@@ -73,7 +74,7 @@ var (
 )
 
 func newSocket(svc *Service, la *localAddr) *Socket {
-	s := &Socket{svc: svc, la: la}
+	s := &Socket{svc: svc, la: la, done: make(chan struct{})}
 	s.q.svc = svc
 	s.sndbuf.Store(int64(svc.cfg.SendBuffer))
 	s.setReadBuffer(svc.cfg.ReceiveBuffer)
@@ -219,6 +220,7 @@ func (s *Socket) Close() error {
 	if !s.closed.CompareAndSwap(false, true) {
 		return nil
 	}
+	close(s.done)
 	// 1. No new datagrams: the port first, so that it can be bound again at once.
 	s.la.mu.Lock()
 	s.la.ports.unbind(s.port, s)

@@ -45,8 +45,8 @@ type link interface {
 	SendExtra(o conn.Owner, srcPort, dstPort uint16, payload []byte, flags conn.SendFlags, x conn.Extra) error
 	// Map gives the peer a key to mem. conn.ErrNotUp if there is no connection at this moment. It waits only if told so.
 	Map(ctx context.Context, mem []byte, iova uint64, access verbs.Access, wait bool) (*conn.Mapping, error)
-	// WaitUp waits until there is a connection. May wait.
-	WaitUp(ctx context.Context) error
+	// WaitUp waits until there is a connection, or stop is closed. May wait.
+	WaitUp(ctx context.Context, stop <-chan struct{}) error
 	// Flush sends what still waits for company. Callers that are about to wait call it.
 	Flush()
 	// PeerCongested reports whether the peer's map has port's bit set.
