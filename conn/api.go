@@ -54,9 +54,9 @@ type Incoming struct {
 	Len     int // payload bytes of the whole message
 	SrcPort uint16
 	DstPort uint16
+	Ext     *Ext   // what the header says beyond that, nil: nothing
 	First   Frag   // the first (nearly always the only) piece; empty for a zero-length message
 	More    []Frag // further pieces in order
-	Ext     *Ext   // what the header says beyond that, nil: nothing
 }
 
 // Ext is what a datagram's header says about memory (rds-protocol spec 2.5).
@@ -93,7 +93,7 @@ const (
 	More
 )
 
-// Extra is what a datagram may have beside its payload. At most one of the two (rds-protocol spec 1.4 step 12).
+// Extra is what a datagram may have beside its payload: one of the two (rds-protocol spec 1.4 step 12).
 type Extra struct {
 	Cookie uint64 // of a region to hand out: rkey | offset << 32; 0 none
 	RDMA   *RDMA  // an operation to execute before the datagram

@@ -10,7 +10,6 @@ import (
 
 	"github.com/openrds/openrds/conn/ib"
 	"github.com/openrds/openrds/internal/slab"
-	"github.com/openrds/openrds/verbs"
 )
 
 // Conn is the connection of a pair of hosts for one type of service. It exists from the first Get
@@ -89,19 +88,20 @@ func (c *Conn) String() string {
 
 // Send is SendMsg without flags.
 func (c *Conn) Send(o Owner, srcPort, dstPort uint16, payload []byte) error {
-	return c.SendMsg(o, srcPort, dstPort, payload, 0)
+	return c.SendExtra(o, srcPort, dstPort, payload, 0, nil)
 }
 
-// SendMsg queues a copy of payload, at most MaxMessage bytes, as one datagram to dstPort of the peer. o's Released
-// tells when it is no longer kept. It never waits; it may post what is queued on the caller's
-// goroutine, and starts connecting if the connection is down. Datagrams of one goroutine go out in
-// order. Errors, which leave nothing queued: ErrNoMemory, ErrClosed, ErrMessageTooLong.
+// SendMsg is SendExtra without an Extra.
 func (c *Conn) SendMsg(o Owner, srcPort, dstPort uint16, payload []byte, flags SendFlags) error {
-	return c.send(o, srcPort, dstPort, payload, flags, nil)
+	return c.SendExtra(o, srcPort, dstPort, payload, flags, nil)
 }
 
-// send is SendMsg; x may be nil.
-func (c *Conn) send(o Owner, srcPort, dstPort uint16, payload []byte, flags SendFlags, x *side) error {
+// SendExtra queues a copy of payload, at most MaxMessage bytes, as one datagram to dstPort of the peer, with x if that is not
+// nil. o's Released tells when it is no longer kept. It never waits; it may post what is queued on the caller's
+// goroutine, and starts connecting if the connection is down. Datagrams of one goroutine go out in
+// order. Errors, which leave nothing queued: ErrNoMemory, ErrClosed, ErrMessageTooLong; for an operation ErrTooManyPieces and
+// verbs.ErrDeviceGone.
+func (c *Conn) SendExtra(o Owner, srcPort, dstPort uint16, payload []byte, flags SendFlags, x *Extra) error {
 	if len(payload) > MaxMessage {
 		return ErrMessageTooLong
 	}
@@ -122,11 +122,11 @@ func (c *Conn) send(o Owner, srcPort, dstPort uint16, payload []byte, flags Send
 	if x == nil {
 		seq, first, ok = c.q.append(o, srcPort, dstPort, len(payload), c.ackNext, f)
 	} else {
-		if x.op != nil && x.op.r.Device.Gone() { // dropOps, which looks later, finds the others
+		if err := c.checkExtra(x); err != nil {
 			c.mu.Unlock()
-			return verbs.ErrDeviceGone
+			return err
 		}
-		seq, first, ok = c.q.appendSide(o, srcPort, dstPort, len(payload), c.ackNext, f, x)
+		seq, first, ok = c.appendExtra(o, srcPort, dstPort, len(payload), f, x)
 	}
 	if !ok {
 		c.mu.Unlock()

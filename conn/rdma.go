@@ -55,53 +55,49 @@ const (
 // reads reports whether the operation brings something here, which may come after what is sent behind it.
 func (o *op) reads() bool { return o.Opcode != verbs.OpWrite }
 
-// SendExtra is SendMsg for a datagram with an Extra. Further errors: ErrTooManyPieces, verbs.ErrDeviceGone.
-func (c *Conn) SendExtra(owner Owner, srcPort, dstPort uint16, payload []byte, flags SendFlags, x Extra) error {
-	var s side
+// checkExtra is why x cannot be sent at all.
+func (c *Conn) checkExtra(x *Extra) error {
 	switch r := x.RDMA; {
-	case r != nil:
-		if len(r.SGs) > c.m.maxPieces {
-			return ErrTooManyPieces
-		}
-		o := &r.op
-		*o = op{c: c, r: r, alone: r.Silent && len(payload) == 0}
-		o.Op = ib.Op{Opcode: r.Opcode, SGs: r.SGs, RKey: r.RKey, RemoteAddr: r.RemoteAddr, CompareAdd: r.CompareAdd, Swap: r.Swap, Owner: o}
-		s.op = o
+	case r == nil:
+	case len(r.SGs) > c.m.maxPieces:
+		return ErrTooManyPieces
+	case r.Device.Gone(): // dropOps, which looks later, finds the others
+		return verbs.ErrDeviceGone
+	}
+	return nil
+}
+
+// appendExtra is sendQueue.append for a message with x.
+func (c *Conn) appendExtra(owner Owner, sport, dport uint16, n int, flags uint8, x *Extra) (seq uint64, first []byte, ok bool) {
+	q := &c.q
+	var s side
+	flags |= msgSide
+	if r := x.RDMA; r != nil {
+		flags |= msgOp
+		s.op = &r.op
+		r.op = op{c: c, r: r, alone: r.Silent && n == 0}
+		r.op.Op = ib.Op{Opcode: r.Opcode, SGs: r.SGs, RKey: r.RKey, RemoteAddr: r.RemoteAddr, CompareAdd: r.CompareAdd, Swap: r.Swap, Owner: &r.op}
 		if r.Opcode == verbs.OpRead || r.Opcode == verbs.OpWrite {
 			// The peer frees a region that was to be used once (rds-protocol spec 2.5, 9 no. 18).
 			s.ext[0] = byte(rdshdr.ExtRDMA)
 			binary.BigEndian.PutUint32(s.ext[1:], uint32(r.RKey))
 		}
-	case x.Cookie != 0:
+	} else {
 		s.ext[0] = byte(rdshdr.ExtRDMADest)
 		binary.BigEndian.PutUint32(s.ext[1:], uint32(x.Cookie))
 		binary.BigEndian.PutUint32(s.ext[5:], uint32(x.Cookie>>32))
-	default:
-		return c.SendMsg(owner, srcPort, dstPort, payload, flags)
 	}
-	err := c.send(owner, srcPort, dstPort, payload, flags, &s)
-	if err == nil && x.RDMA != nil {
-		c.m.count.sendRDMA.Inc()
-	}
-	return err
-}
-
-// appendSide is append for a message with s, which is the queue's then.
-func (q *sendQueue) appendSide(owner Owner, sport, dport uint16, n int, ack uint64, flags uint8, s *side) (seq uint64, first []byte, ok bool) {
-	flags |= msgSide
-	if s.op != nil {
-		flags |= msgOp
-	}
-	seq, first, ok = q.append(owner, sport, dport, n, ack, flags)
+	seq, first, ok = q.append(owner, sport, dport, n, c.ackNext, flags)
 	if !ok {
 		return seq, first, false
 	}
 	if q.sides == nil {
 		q.sides = make(map[uint64]side)
 	}
-	q.sides[seq] = *s
+	q.sides[seq] = s
 	if s.op != nil {
 		s.op.seq = seq
+		c.m.count.sendRDMA.Inc()
 	}
 	// Other headers of it are stamped as they are sent.
 	m := q.msg(seq)

@@ -134,7 +134,7 @@ func TestRDMA(t *testing.T) {
 								t.Fatal(err)
 							}
 						}
-						if err := ca.SendExtra(&owner, 1, 2, payload(2, 0, c.payload), 0, Extra{RDMA: r}); err != nil {
+						if err := ca.SendExtra(&owner, 1, 2, payload(2, 0, c.payload), 0, &Extra{RDMA: r}); err != nil {
 							t.Fatal(err)
 						}
 						for i := range 5 {
@@ -199,7 +199,7 @@ func TestRDMAFence(t *testing.T) {
 						t.Fatal(err)
 					}
 					var owner testOwner
-					if err := a.conn(addrB).SendExtra(&owner, 1, 2, []byte("read it"), 0, Extra{RDMA: r}); err != nil {
+					if err := a.conn(addrB).SendExtra(&owner, 1, 2, []byte("read it"), 0, &Extra{RDMA: r}); err != nil {
 						t.Fatal(err)
 					}
 					done.want(t, "the READ succeeds", RDMASuccess)
@@ -236,7 +236,7 @@ func TestRDMAAtomics(t *testing.T) {
 				r, done := rdma(c.op, local, remote, 1)
 				r.CompareAdd, r.Swap = c.add, c.swap
 				var owner testOwner
-				if err := a.conn(addrB).SendExtra(&owner, 1, 2, []byte("atomic"), 0, Extra{RDMA: r}); err != nil {
+				if err := a.conn(addrB).SendExtra(&owner, 1, 2, []byte("atomic"), 0, &Extra{RDMA: r}); err != nil {
 					t.Fatal(err)
 				}
 				done.want(t, "the atomic succeeds", RDMASuccess)
@@ -272,7 +272,7 @@ func TestRDMASilent(t *testing.T) {
 			for i := range 100 {
 				r, done := rdma(verbs.OpWrite, local, remote, 1)
 				r.Silent = true
-				if err := c.SendExtra(&owner, 1, 2, nil, 0, Extra{RDMA: r}); err != nil {
+				if err := c.SendExtra(&owner, 1, 2, nil, 0, &Extra{RDMA: r}); err != nil {
 					t.Fatal(err)
 				}
 				if i%10 == 9 {
@@ -291,7 +291,7 @@ func TestRDMASilent(t *testing.T) {
 			// One with a payload is a message.
 			r, done := rdma(verbs.OpWrite, local, remote, 1)
 			r.Silent = true
-			if err := c.SendExtra(&owner, 1, 2, []byte("x"), 0, Extra{RDMA: r}); err != nil {
+			if err := c.SendExtra(&owner, 1, 2, []byte("x"), 0, &Extra{RDMA: r}); err != nil {
 				t.Fatal(err)
 			}
 			done.want(t, "the WRITE succeeds", RDMASuccess)
@@ -322,7 +322,7 @@ func TestRDMARemoteError(t *testing.T) {
 				if r.Opcode == verbs.OpFetchAdd {
 					r.SGs[0].Length = 8
 				}
-				if err := c.SendExtra(&owner, 1, 2, []byte("never"), 0, Extra{RDMA: r}); err != nil {
+				if err := c.SendExtra(&owner, 1, 2, []byte("never"), 0, &Extra{RDMA: r}); err != nil {
 					t.Fatal(err)
 				}
 				dones = append(dones, done)
@@ -368,7 +368,7 @@ func TestRDMARefused(t *testing.T) {
 				st.send(t, c, 20)
 				r, done := rdma(verbs.OpWrite, local, remote, 1)
 				spoil(r)
-				if err := c.SendExtra(&owner, 1, 2, []byte("never"), 0, Extra{RDMA: r}); err != nil {
+				if err := c.SendExtra(&owner, 1, 2, []byte("never"), 0, &Extra{RDMA: r}); err != nil {
 					t.Fatal(err)
 				}
 				st.send(t, c, 20)
@@ -384,7 +384,7 @@ func TestRDMARefused(t *testing.T) {
 			}
 			r, _ := rdma(verbs.OpWrite, local, remote, 1)
 			r.SGs = make([]verbs.SGE, 457)
-			if err := c.SendExtra(&owner, 1, 2, nil, 0, Extra{RDMA: r}); err != ErrTooManyPieces {
+			if err := c.SendExtra(&owner, 1, 2, nil, 0, &Extra{RDMA: r}); err != ErrTooManyPieces {
 				t.Errorf("457 pieces: %v", err)
 			}
 			free(local, remote, other)
@@ -425,7 +425,7 @@ func TestRDMAReconnect(t *testing.T) {
 					post := func() {
 						r, done := rdma(op, local, remote, 1)
 						dones = append(dones, done)
-						if err := c.SendExtra(&owner, 1, 2, []byte("reply"), 0, Extra{RDMA: r}); err != nil {
+						if err := c.SendExtra(&owner, 1, 2, []byte("reply"), 0, &Extra{RDMA: r}); err != nil {
 							t.Fatal(err)
 						}
 						st.send(t, c, 3)
@@ -514,7 +514,7 @@ func TestRDMACancel(t *testing.T) {
 			for range 300 {
 				r, done := rdma(verbs.OpWrite, local, remote, 1)
 				dones = append(dones, done)
-				if err := c.SendExtra(&owner, 1, 2, []byte("x"), 0, Extra{RDMA: r}); err != nil {
+				if err := c.SendExtra(&owner, 1, 2, []byte("x"), 0, &Extra{RDMA: r}); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -578,7 +578,7 @@ func TestRDMAClose(t *testing.T) {
 		for range 100 {
 			r, done := rdma(verbs.OpRead, local, remote, 1)
 			dones = append(dones, done)
-			if err := c.SendExtra(&owner, 1, 2, nil, 0, Extra{RDMA: r}); err != nil {
+			if err := c.SendExtra(&owner, 1, 2, nil, 0, &Extra{RDMA: r}); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -633,7 +633,7 @@ func TestRDMAFaults(t *testing.T) {
 						x, done := rdma(op, l, r, 1)
 						x.CompareAdd = 1
 						dones[i] = done
-						if err := c.SendExtra(&owner, 1, 2, payload(2, i, 8+rng.IntN(5000)), 0, Extra{RDMA: x}); err != nil {
+						if err := c.SendExtra(&owner, 1, 2, payload(2, i, 8+rng.IntN(5000)), 0, &Extra{RDMA: x}); err != nil {
 							t.Fatal(err)
 						}
 						time.Sleep(time.Duration(rng.IntN(2000)) * time.Microsecond)
@@ -712,9 +712,9 @@ func TestCookie(t *testing.T) {
 			var owner testOwner
 			sizes := []int{8, 8, 9, 64, 4096, 5000, 70000, 200000, 8, 8}
 			for i := range uint64(100) {
-				x := Extra{}
+				var x *Extra
 				if i%3 == 0 {
-					x.Cookie = 0x1000_0000_2000 + i<<32 + i
+					x = &Extra{Cookie: 0x1000_0000_2000 + i<<32 + i}
 				}
 				flags := SendFlags(0)
 				if i%5 == 0 {
@@ -770,7 +770,7 @@ func TestRDMAProviderFaults(t *testing.T) {
 				if r.Silent {
 					data = nil
 				}
-				if err := c.SendExtra(&owner, 1, 2, data, 0, Extra{RDMA: r}); err != nil {
+				if err := c.SendExtra(&owner, 1, 2, data, 0, &Extra{RDMA: r}); err != nil {
 					t.Fatal(err)
 				}
 				if err := c.Send(&owner, 1, 3, []byte("plain")); err != nil {

@@ -531,7 +531,7 @@ func TestRemovalWithOperations(t *testing.T) {
 						mu.Unlock()
 						r := &RDMA{Opcode: op, Device: local.m.Device(), RKey: remote.m.RKey(), RemoteAddr: uint64(k * opSlot), Owner: st.owner,
 							SGs: []verbs.SGE{{Addr: uint64(i * opSlot), Length: opSlot, LKey: local.m.LKey()}}}
-						if err := c.SendExtra(&opMsgs, opPort, opPort, payload(1, n, 100), 0, Extra{RDMA: r}); errors.Is(err, verbs.ErrDeviceGone) {
+						if err := c.SendExtra(&opMsgs, opPort, opPort, payload(1, n, 100), 0, &Extra{RDMA: r}); errors.Is(err, verbs.ErrDeviceGone) {
 							continue // since it was registered
 						} else if err != nil {
 							t.Fatal(err)

@@ -20,7 +20,7 @@ type nullLink struct {
 	pending, bytes int
 }
 
-func (l *nullLink) SendMsg(o conn.Owner, _, _ uint16, p []byte, _ conn.SendFlags) error {
+func (l *nullLink) SendExtra(o conn.Owner, _, _ uint16, p []byte, _ conn.SendFlags, _ *conn.Extra) error {
 	l.pending++
 	l.bytes += len(p)
 	if l.pending == 64 {

@@ -39,7 +39,7 @@ type recKind uint8
 const (
 	recInline recKind = iota
 	recExt
-	recCookie // recInline with a cookie before the payload
+	recCookie // recInline with a cookie behind the payload
 )
 
 type block struct {
@@ -98,7 +98,7 @@ func (b *block) head() record { return b.at(b.r) }
 // at is the record that starts at offset i.
 func (b *block) at(i int) record {
 	h := b.buf[i : i+recHeader]
-	r := record{
+	return record{
 		length: int(binary.NativeEndian.Uint32(h[0:])),
 		peer:   binary.NativeEndian.Uint32(h[4:]),
 		port:   binary.NativeEndian.Uint16(h[8:]),
@@ -107,10 +107,6 @@ func (b *block) at(i int) record {
 		seq:    binary.NativeEndian.Uint32(h[12:]),
 		off:    i + recHeader,
 	}
-	if r.kind == recCookie {
-		r.off += cookieLen
-	}
-	return r
 }
 
 // size is what the record takes in its block.
@@ -119,7 +115,7 @@ func (r record) size() int {
 	case recInline:
 		return recSize(r.length)
 	case recCookie:
-		return recSize(cookieLen + r.length)
+		return recSize(r.length) + cookieLen
 	}
 	return recSize(0)
 }
@@ -127,20 +123,29 @@ func (r record) size() int {
 // cookieLen is the length of a cookie in a record.
 const cookieLen = 8
 
-// putCookie is put for a datagram with a cookie.
+// putCookie is put for a datagram with a cookie, for which there is room behind it.
 func (b *block) putCookie(m *conn.Incoming, from source32) []byte {
-	p := b.put(m, from, recCookie, cookieLen+m.Len)
-	binary.NativeEndian.PutUint64(p, m.Ext.Cookie)
-	return p[cookieLen:]
+	p := b.put(m, from, recCookie, m.Len)
+	binary.NativeEndian.PutUint64(b.buf[b.w:], m.Ext.Cookie)
+	b.w += cookieLen
+	return p
 }
 
 // cookie is that of a recCookie.
 func (b *block) cookie(r record) Cookie {
-	return Cookie(binary.NativeEndian.Uint64(b.buf[r.off-cookieLen:]))
+	return Cookie(binary.NativeEndian.Uint64(b.buf[r.off-recHeader+recSize(r.length):]))
 }
 
 // take consumes r, which head returned, and gives its extMsg if it has one.
 func (b *block) take(r record) *extMsg {
+	if r.kind == recInline {
+		b.r += recSize(r.length)
+		return nil
+	}
+	return b.takeOther(r)
+}
+
+func (b *block) takeOther(r record) *extMsg {
 	b.r += r.size()
 	if r.kind != recExt {
 		return nil

@@ -155,9 +155,13 @@ func (svc *Service) deliver(p *peer, tos uint8, msgs []conn.Incoming, limit int6
 			svc.ctr.recvPeerLimit.Add(1)
 			break
 		}
-		q.pushLocked(from, m)
-		if m.Ext != nil && m.Ext.HasUsed {
-			used = append(used, usedKey{r.s, uint32(m.Ext.Used)})
+		if m.Ext == nil {
+			q.pushLocked(from, m)
+		} else {
+			q.pushExtLocked(from, m)
+			if m.Ext.HasUsed {
+				used = append(used, usedKey{r.s, uint32(m.Ext.Used)})
+			}
 		}
 		total += charge
 		r.msgs++
@@ -195,7 +199,11 @@ func (la *localAddr) deliverUnbound(p *peer, from source32, m *conn.Incoming, to
 		return nil
 	}
 	q.inMu.Lock()
-	q.pushLocked(from, m)
+	if m.Ext == nil {
+		q.pushLocked(from, m)
+	} else {
+		q.pushExtLocked(from, m)
+	}
 	q.inMu.Unlock()
 	q.bytes.Add(int64(m.Len))
 	q.charge.Add(charge)

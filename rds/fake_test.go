@@ -32,7 +32,7 @@ type fakeTransport struct {
 
 	mu       sync.Mutex
 	listen   func(netip.Addr) error // nil: succeeds
-	sendErr  error                  // what SendMsg says next, until it is changed
+	sendErr  error                  // what SendExtra says next, until it is changed
 	withhold bool                   // keep acknowledgements for ack
 	unacked  []fakeSent
 	progress func() bool
@@ -141,7 +141,7 @@ type fakeLink struct {
 	local, remote netip.Addr
 }
 
-func (l *fakeLink) SendMsg(o conn.Owner, srcPort, dstPort uint16, payload []byte, _ conn.SendFlags) error {
+func (l *fakeLink) SendExtra(o conn.Owner, srcPort, dstPort uint16, payload []byte, _ conn.SendFlags, _ *conn.Extra) error {
 	l.tr.mu.Lock()
 	if err := l.tr.sendErr; err != nil {
 		l.tr.mu.Unlock()
@@ -162,10 +162,6 @@ func (l *fakeLink) SendMsg(o conn.Owner, srcPort, dstPort uint16, payload []byte
 		o.Released(1, len(payload))
 	}
 	return nil
-}
-
-func (l *fakeLink) SendExtra(o conn.Owner, srcPort, dstPort uint16, payload []byte, flags conn.SendFlags, _ conn.Extra) error {
-	return l.SendMsg(o, srcPort, dstPort, payload, flags)
 }
 
 func (l *fakeLink) Map(context.Context, []byte, uint64, verbs.Access, bool) (*conn.Mapping, error) {

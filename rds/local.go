@@ -31,11 +31,6 @@ func newLocalLink(p *peer, to *localAddr) *localLink {
 	return &localLink{from: p, back: to.peer(p.la.addr)}
 }
 
-func (l *localLink) SendMsg(o conn.Owner, srcPort, dstPort uint16, payload []byte, flags conn.SendFlags) error {
-	l.deliver(o, srcPort, dstPort, payload, nil)
-	return nil
-}
-
 func (l *localLink) deliver(o conn.Owner, srcPort, dstPort uint16, payload []byte, x *conn.Ext) {
 	to, m := l.back, [1]conn.Incoming{{SrcPort: srcPort, DstPort: dstPort, Len: len(payload), First: conn.Frag{Data: payload}, Ext: x}}
 	if dstPort == PingPort {
@@ -50,9 +45,13 @@ func (l *localLink) deliver(o conn.Owner, srcPort, dstPort uint16, payload []byt
 	o.Released(1, len(payload))
 }
 
-// SendExtra executes the operation here and now: memory is copied.
-func (l *localLink) SendExtra(o conn.Owner, srcPort, dstPort uint16, payload []byte, _ conn.SendFlags, x conn.Extra) error {
-	if x.RDMA == nil {
+// SendExtra executes an operation here and now: memory is copied.
+func (l *localLink) SendExtra(o conn.Owner, srcPort, dstPort uint16, payload []byte, _ conn.SendFlags, x *conn.Extra) error {
+	switch {
+	case x == nil:
+		l.deliver(o, srcPort, dstPort, payload, nil)
+		return nil
+	case x.RDMA == nil:
 		l.deliver(o, srcPort, dstPort, payload, &conn.Ext{Cookie: x.Cookie})
 		return nil
 	}

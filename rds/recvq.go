@@ -63,23 +63,24 @@ func chargeOf(n int) int64 { return int64(n) + recHeader }
 
 // pushLocked appends m. The caller holds inMu and accounts for it.
 func (q *recvq) pushLocked(from source32, m *conn.Incoming) {
-	if m.Len > copyMax || m.Ext != nil {
+	if m.Len > copyMax {
 		q.pushLongLocked(from, m)
 		return
 	}
 	copyIn(q.roomLocked(m.Len).put(m, from, recInline, m.Len), m)
 }
 
-func (q *recvq) pushLongLocked(from source32, m *conn.Incoming) {
-	cookie := m.Ext != nil && m.Ext.Cookie != 0
-	if m.Len <= copyMax {
-		if cookie {
-			copyIn(q.roomLocked(cookieLen+m.Len).putCookie(m, from), m)
-		} else {
-			copyIn(q.roomLocked(m.Len).put(m, from, recInline, m.Len), m)
-		}
+// pushExtLocked is pushLocked for a datagram with extensions.
+func (q *recvq) pushExtLocked(from source32, m *conn.Incoming) {
+	if m.Ext.Cookie != 0 && m.Len <= copyMax {
+		copyIn(q.roomLocked(m.Len+recAlign+cookieLen).putCookie(m, from), m)
 		return
 	}
+	q.pushLocked(from, m)
+}
+
+func (q *recvq) pushLongLocked(from source32, m *conn.Incoming) {
+	cookie := m.Ext != nil && m.Ext.Cookie != 0
 	cost := q.pinCostLocked(m)
 	refer := cost >= 0 && q.pinned.Load()+cost <= q.pinLimit.Load()
 	if !refer && !cookie && m.Len <= inlineMax {

@@ -87,16 +87,11 @@ func (s *Socket) offer(d *dest, port uint16, p []byte, x *conn.Extra) error {
 	if before < sndbuf/2 && after >= sndbuf/2 || after >= sndbuf {
 		flags = conn.AckNow
 	}
-	var err error
-	if x == nil {
-		err = d.link.SendMsg(s.owner(), s.port, port, p, flags)
-	} else {
-		err = d.link.SendExtra(s.owner(), s.port, port, p, flags, *x)
-	}
-	if err != nil {
+	if err := d.link.SendExtra(s.owner(), s.port, port, p, flags, x); err != nil {
 		s.refund(delta)
+		return err
 	}
-	return err
+	return nil
 }
 
 // refund takes back what an offer has charged and the connection did not take. Another write may have found the buffer

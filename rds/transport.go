@@ -39,10 +39,9 @@ type transport interface {
 
 // link is what a Socket needs to send to one host: a *conn.Conn or a localLink. No method but WaitUp and Map waits.
 type link interface {
-	// SendMsg queues a copy of payload. o.Released tells of its end.
-	SendMsg(o conn.Owner, srcPort, dstPort uint16, payload []byte, flags conn.SendFlags) error
-	// SendExtra is SendMsg with an operation or a cookie. The operation's owner is not told if it fails.
-	SendExtra(o conn.Owner, srcPort, dstPort uint16, payload []byte, flags conn.SendFlags, x conn.Extra) error
+	// SendExtra queues a copy of payload, with x if that is not nil. o.Released tells of its end, and the owner of an operation
+	// of the operation's, unless there is an error.
+	SendExtra(o conn.Owner, srcPort, dstPort uint16, payload []byte, flags conn.SendFlags, x *conn.Extra) error
 	// Map gives the peer a key to mem. conn.ErrNotUp if there is no connection at this moment. It waits only if told so.
 	Map(ctx context.Context, mem []byte, iova uint64, access verbs.Access, wait bool) (*conn.Mapping, error)
 	// WaitUp waits until there is a connection, or stop is closed. May wait.
