@@ -256,6 +256,7 @@ func (s *stress) run(ctx context.Context, c net.Conn, active bool) (err error) {
 	var tasks []*stressTask
 	defer wg.Wait()
 	defer func() {
+		cancel(nil)
 		for _, t := range tasks {
 			err = errors.Join(err, t.stop())
 		}
@@ -296,18 +297,30 @@ func (s *stress) run(ctx context.Context, c net.Conn, active bool) (err error) {
 	}
 	// From here on anything that happens on the control connection is the end, and no error.
 	over := make(chan struct{})
-	wg.Go(func() {
+	go func() {
 		defer close(over)
 		bufio.NewReader(c).ReadByte()
-	})
-	defer c.Close() // before wg.Wait
+	}()
+	defer func() {
+		c.Close()
+		<-over
+	}()
 	if !pause(ctx, over, s.delay) {
 		return context.Cause(ctx)
 	}
 	for _, t := range tasks {
 		t.start()
 	}
-	s.report(ctx, over, svc, tasks)
+	s.report(ctx, over, active, svc, tasks)
+	// The sides do not stop at the same instant: what fails from here on fails because the other one has. So the active one
+	// says that it is over, and keeps its sockets until the passive one knows.
+	for _, t := range tasks {
+		t.stopping.Store(true)
+	}
+	if h, ok := c.(interface{ CloseWrite() error }); ok && active {
+		h.CloseWrite()
+		pause(ctx, over, 2*time.Second)
+	}
 	if cause := context.Cause(ctx); cause != nil && cause != interrupted && !errors.Is(cause, context.Canceled) {
 		return cause
 	}
@@ -334,8 +347,9 @@ func total(tasks []*stressTask) (c stressCounts) {
 	return c
 }
 
-// report prints a line per second and the average, until the time or the test is over.
-func (s *stress) report(ctx context.Context, over <-chan struct{}, svc *rds.Service, tasks []*stressTask) {
+// report prints a line per second and the average. The active side ends when the time is over, the passive one when the
+// active one has ended.
+func (s *stress) report(ctx context.Context, over <-chan struct{}, active bool, svc *rds.Service, tasks []*stressTask) {
 	w := s.stdout
 	fmt.Fprint(w, "Starting up")
 	for range 4 {
@@ -359,7 +373,7 @@ func (s *stress) report(ctx context.Context, over <-chan struct{}, svc *rds.Serv
 	last, lastAt := first, begin
 	firstCPU, lastCPU := cpuTime(), cpuTime()
 	lastCounters := svc.Stats().Counters()
-	for n := 1; s.opt.RunTime == 0 || n <= int(s.opt.RunTime); n++ {
+	for n := 1; !active || s.opt.RunTime == 0 || n <= int(s.opt.RunTime); n++ {
 		on := pause(ctx, over, time.Until(begin.Add(time.Duration(n)*s.second)))
 		now, c, cpu := time.Now(), total(tasks), cpuTime()
 		if !on {
