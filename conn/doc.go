@@ -11,6 +11,8 @@
 //	sendq.go     messages accepted and not acknowledged, in slab chunks
 //	pack.go      SENDs out of them, in both dialects
 //	transmit.go  the transmitter of the moment
+//	rdma.go      operations before messages, cookies
+//	mapping.go   memory that peers may touch
 //	receive.go   headers, duplicates, reassembly, delivery
 //	ack.go       acknowledgements, both ways
 //	ping.go      pings, pongs, heartbeats
@@ -43,7 +45,6 @@
 //
 // # Limitations
 //
-// Connections that were asked for here, or were ever up, are never freed, only their memory is trimmed. RDMA does not
-// exist yet. Incarnations of a kernel cannot
+// Connections that were asked for here, or were ever up, are never freed, only their memory is trimmed. Incarnations of a kernel cannot
 // be told apart: what the specification says about its restart applies.
 package conn

@@ -36,8 +36,15 @@
 // [Socket.Receive] lends the datagram until [Message.Release] and does not allocate either.
 // Everything that a peer or a forgotten Release can make grow is bounded by [Config].
 //
+// # RDMA
+//
+// A [Region] is memory that peers may read or write by its [Cookie], which travels with a datagram ([Message].Cookie,
+// [Socket.SendMapped]) or in any other way. They do so with an operation that is executed before a datagram of theirs
+// ([Message].RDMA): whoever receives that knows that it has been. How an operation ended is told by
+// [Socket.ReadCompletion] to who asks for it. Doc comments name the kernel's counterparts.
+//
 // # Limitations
 //
-// Addresses are IP literals; names are not resolved. RDMA operations, cookies and notifications are
-// not there yet. An address of a host belongs to one Service.
+// Addresses are IP literals; names are not resolved. Masked atomics are not there: no device has them. An address of a
+// host belongs to one Service.
 package rds

@@ -1,7 +1,8 @@
 // Package ib is the RDS transport over verbs: what one incarnation of a connection needs of a device.
 //
 // A [Link] is one RC QP, from its creation through CM's handshake to the drain that destroys it. It
-// posts SENDs and reclaims their slots, and brings received SENDs and the ends of batches to an [Upper].
+// posts SENDs and reclaims their slots, and brings received SENDs and the ends of batches to an [Upper]. It posts
+// one-sided operations (op.go) into the same ring, and has the pools' requests that map memory on its QP (pool.go).
 // It knows nothing of messages, sequences or acknowledgements.
 //
 //	         Conn (package conn)
