@@ -42,6 +42,13 @@ func dialClient(ctx context.Context, server netip.AddrPort, local netip.Addr, p 
 	return c, nil
 }
 
+// bye closes everything on both sides, and returns what either has found left behind.
+func (c *client) bye() error {
+	err := c.transports.close()
+	_, serr := c.ask(request{Op: opBye})
+	return errors.Join(err, serr)
+}
+
 func (c *client) close() error {
 	return errors.Join(c.transports.close(), c.conn.Close())
 }
@@ -224,6 +231,10 @@ func newResult(s spec, client, server delta) *result {
 		Provider:    providerOf(s.Transport),
 		Test:        s.Test,
 		Size:        s.Size,
+		RDMA:        s.RDMA,
+		RDMASize:    s.RDMASize,
+		Removals:    client.Removals + server.Removals,
+		RDMAFailed:  client.Failed + server.Failed,
 		CPUSeconds:  client.CPUSeconds + server.CPUSeconds,
 		Retransmits: client.Retransmits + server.Retransmits,
 		Drops:       client.Drops + server.Drops,
@@ -237,7 +248,7 @@ func newResult(s spec, client, server delta) *result {
 	default:
 		r.MessagesPerSecond = float64(server.Messages) / server.Seconds
 	}
-	r.BytesPerSecond = r.MessagesPerSecond * float64(s.Size)
+	r.BytesPerSecond = r.MessagesPerSecond * float64(s.Size+s.RDMASize)
 	return r
 }
 

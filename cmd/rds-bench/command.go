@@ -10,6 +10,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/spf13/cobra"
@@ -56,11 +57,23 @@ func (f *clientFlags) register(cmd *cobra.Command) {
 	fl.DurationVar(&p.Warmup, "warmup", p.Warmup, "load before it that is not measured")
 	fl.BoolVar(&p.Bidir, "bidir", p.Bidir, "throughput in both directions at once, rates added")
 	fl.BoolVar(&p.Verify, "verify", p.Verify, "check content and order of every datagram")
+	fl.StringSliceVar(&p.RDMA, "rdma", nil, "measure RDMA operations with a datagram behind each: read, write")
+	fl.Var(sizesValue{&p.RDMASizes}, "rdma-size", "bytes per operation, with units, up to 1MiB")
+	fl.BoolVar(&p.ODP, "odp", false, "on-demand paging: memory of operations is not pinned")
+	fl.BoolVar(&p.Discard, "odp-discard", false, "give pages back after each operation, so that the next one finds none")
+	fl.StringVar(&p.Chaos, "chaos", "", "trouble to make: devices (remove and add them again while they carry the traffic; --duration is that of all runs together)")
+	fl.DurationVar(&p.ChaosEvery, "chaos-every", p.ChaosEvery, "how often a device of --chaos goes, on average")
 	fl.StringVar(&p.RDS.Dialect, "dialect", p.RDS.Dialect, "what to speak to the peer: open (ours) or kernel (Linux's)")
 	fl.Uint16Var(&p.RDS.Port, "roce-port", p.RDS.Port, "UDP port of RoCEv2 on both sides")
 	fl.Uint64Var(&p.Seed, "seed", p.Seed, "seed of the content")
 	fl.BoolVar(&f.json, "json", false, "print one JSON object instead of the table")
 	fl.StringVar(&f.profile, "cpuprofile", "", "write CPU profiles of the measured processes to this file, .client and .server appended")
+}
+
+// settle completes the parameters and says what is wrong with them.
+func (f *clientFlags) settle(cmd *cobra.Command) error {
+	f.params.settle(cmd.Flags().Changed)
+	return f.params.validate()
 }
 
 // newCommand is the command line.
@@ -78,7 +91,7 @@ Without a subcommand it starts its own second process and measures between ` + d
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if err := f.params.validate(); err != nil {
+			if err := f.settle(cmd); err != nil {
 				return usage(err)
 			}
 			client, server, err := parseLocalAddrs(f.addr)
@@ -110,7 +123,7 @@ func newClientCommand(stdout, stderr io.Writer) *cobra.Command {
 			return nil
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if err := f.params.validate(); err != nil {
+			if err := f.settle(cmd); err != nil {
 				return usage(err)
 			}
 			var local netip.Addr
@@ -260,11 +273,15 @@ func (f *clientFlags) measure(ctx context.Context, server netip.AddrPort, local 
 	defer func() { err = errors.Join(err, stopProfile()) }()
 
 	specs := f.params.runs()
+	p := f.params
+	if p.Chaos != "" {
+		p.Duration /= time.Duration(len(specs))
+	}
 	var pr progress = noProgress{}
 	if file, ok := stderr.(*os.File); ok && term.IsTerminal(int(file.Fd())) {
-		pr = newBarProgress(file, len(specs), f.params)
+		pr = newBarProgress(file, len(specs), p)
 	}
-	c, err := dialClient(ctx, server, local, f.params, transportOpener(hclog.NewNullLogger()), pr)
+	c, err := dialClient(ctx, server, local, p, transportOpener(hclog.NewNullLogger()), pr)
 	if err != nil {
 		return err
 	}
@@ -272,6 +289,10 @@ func (f *clientFlags) measure(ctx context.Context, server netip.AddrPort, local 
 	results, err := c.measure(ctx, specs)
 	rep.Runs = append(rep.Runs, results...)
 	pr.finish()
+	if err == nil {
+		err = c.bye()
+	}
+	rep.Clean = err == nil && p.Chaos != "" && p.Verify
 	if cerr := c.close(); err == nil {
 		err = cerr
 	}

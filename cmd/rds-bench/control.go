@@ -22,10 +22,11 @@ import (
 //	mark      measured interval ends   -> what the server counted in it
 //	stop      what the client sent     -> what the server sent, when all that the client sent has arrived
 //	end       the run's endpoint is closed
+//	bye                                -> when everything is closed, and whether it left anything behind
 //
 // The connection's end ends the session, and a run in progress with it.
 const (
-	controlVersion = 1
+	controlVersion = 2
 
 	opHello   = "hello"
 	opPrepare = "prepare"
@@ -34,6 +35,7 @@ const (
 	opMark    = "mark"
 	opStop    = "stop"
 	opEnd     = "end"
+	opBye     = "bye"
 )
 
 // Bounds of the control connection.

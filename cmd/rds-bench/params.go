@@ -3,9 +3,12 @@ package main
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/openrds/openrds/rds"
 )
 
 // Names of transports and tests, as they appear in flags and reports.
@@ -14,9 +17,14 @@ const (
 	transportTCP = "tcp"
 	transportUDP = "udp"
 
+	baselineNames = "tcp, udp, none" // for people
+
 	testThroughput = "throughput"
 	testRTT        = "rtt"
 )
+
+// baselines may stand in --compare: RDS beside RDMA.
+var baselines = []string{transportTCP, transportUDP, transportRDS}
 
 // Bounds of parameters. A server holds its client to them.
 const (
@@ -37,6 +45,13 @@ type params struct {
 	Verify   bool          // check content and order of every datagram
 	RDS      rdsOptions
 	Seed     uint64 // of the content
+
+	RDMA       []string      // operations to measure, with a datagram behind each; none: datagrams alone
+	RDMASizes  []int         // bytes per operation
+	ODP        bool          // memory of operations in an rds.Arena
+	Discard    bool          // each operation finds no page there
+	Chaos      string        // chaosDevices, or nothing
+	ChaosEvery time.Duration // between two removals of a device, on average
 }
 
 func defaultParams() params {
@@ -49,6 +64,26 @@ func defaultParams() params {
 		Warmup:   200 * time.Millisecond,
 		RDS:      rdsOptions{Dialect: dialectOpen, Port: 4791},
 		Seed:     1,
+
+		RDMASizes: []int{rds.MaxRDMASize}, ChaosEvery: defaultChaosEvery,
+	}
+}
+
+// settle chooses what depends on other flags, unless it was chosen.
+func (p *params) settle(chosen func(flag string) bool) {
+	if len(p.RDMA) > 0 {
+		if !chosen("sizes") {
+			p.Sizes = []int{64}
+		}
+		if !chosen("compare") {
+			p.Compare = []string{transportRDS, transportTCP}
+		}
+	}
+	if p.Chaos != "" {
+		p.RDS.Audit = true
+		if !chosen("compare") {
+			p.Compare = nil // baselines have no devices to remove
+		}
 	}
 }
 
@@ -79,8 +114,11 @@ func (p params) validate() error {
 		}
 	}
 	for _, c := range p.Compare {
-		if c != transportTCP && c != transportUDP {
-			complain("--compare: %q is none of tcp, udp, none", c)
+		if !slices.Contains(baselines, c) {
+			complain("--compare: %q is none of %s", c, baselineNames)
+		}
+		if c == transportRDS && len(p.RDMA) == 0 {
+			complain("--compare: rds is what is measured, unless there is --rdma")
 		}
 	}
 	if p.Sockets < 1 || p.Sockets > maxSockets {
@@ -98,7 +136,52 @@ func (p params) validate() error {
 	if err := p.RDS.validate(); err != nil {
 		errs = append(errs, err)
 	}
+	p.validateRDMA(complain)
+	if p.Chaos != "" && p.Chaos != chaosDevices {
+		complain("--chaos: %q is not %s", p.Chaos, chaosDevices)
+	}
+	if p.Chaos != "" && p.ChaosEvery < minChaosEvery {
+		complain("--chaos-every: %v is less than %v", p.ChaosEvery, minChaosEvery)
+	}
 	return errors.Join(errs...)
+}
+
+func (p *params) validateRDMA(complain func(string, ...any)) {
+	if len(p.RDMA) == 0 {
+		if p.ODP || p.Discard {
+			complain("--odp is about the memory of --rdma")
+		}
+		return
+	}
+	for _, op := range p.RDMA {
+		if op != rdmaRead && op != rdmaWrite {
+			complain("--rdma: %q is neither %s nor %s", op, rdmaRead, rdmaWrite)
+		}
+	}
+	for _, s := range p.Sizes {
+		if s < rdmaHeaderBytes {
+			complain("--sizes: %d is less than the %d bytes that a datagram of --rdma needs", s, rdmaHeaderBytes)
+		}
+	}
+	if len(p.RDMASizes) == 0 {
+		complain("--rdma-size is empty")
+	}
+	for _, n := range p.RDMASizes {
+		if n < 1 || n > rds.MaxRDMASize {
+			complain("--rdma-size: %d is not between 1 and %d bytes", n, rds.MaxRDMASize)
+			continue
+		}
+		// Both of a flow's ends may be initiator and target.
+		s := spec{Test: testThroughput, RDMASize: n, Depth: p.Depth}
+		if p.Sockets > 0 && p.Depth >= 0 && p.Depth <= maxDepth && p.Sockets <= maxSockets &&
+			int64(p.Sockets)*int64(s.slotCount())*int64(s.stride())*2 > rdmaMemoryBytes {
+			complain("--rdma-size: %d sockets with %d operations of %d bytes in flight need more than %d MiB on each side",
+				p.Sockets, s.slotCount(), n, rdmaMemoryBytes>>20)
+		}
+	}
+	if p.Discard && !p.ODP {
+		complain("--odp-discard without --odp")
+	}
 }
 
 // runs lists the specs of the ladder in the order they are measured: for each size and test RDS first and
@@ -106,17 +189,41 @@ func (p params) validate() error {
 func (p params) runs() []spec {
 	var out []spec
 	for _, size := range p.Sizes {
-		for _, test := range p.Tests {
-			for _, tr := range append([]string{transportRDS}, p.Compare...) {
-				out = append(out, spec{
-					Transport: tr, Test: test, Size: size, Sockets: p.Sockets, Depth: p.Depth,
-					Bidir: p.Bidir && test == testThroughput, Verify: p.Verify, Seed: p.Seed,
-					Patience: maxPatience,
-				})
+		if len(p.RDMA) == 0 {
+			for _, test := range p.Tests {
+				out = append(out, p.spec(transportRDS, test, size))
+				for _, tr := range p.Compare {
+					out = append(out, p.spec(tr, test, size))
+				}
+			}
+			continue
+		}
+		for _, n := range p.RDMASizes {
+			for _, test := range p.Tests {
+				for _, op := range p.RDMA {
+					s := p.spec(transportRDS, test, size)
+					s.RDMA, s.RDMASize, s.ODP, s.Discard = op, n, p.ODP, p.Discard
+					out = append(out, s)
+				}
+				for _, tr := range p.Compare { // the same bytes in datagrams
+					out = append(out, p.spec(tr, test, n))
+				}
 			}
 		}
 	}
 	return out
+}
+
+func (p *params) spec(transport, test string, size int) spec {
+	s := spec{
+		Transport: transport, Test: test, Size: size, Sockets: p.Sockets, Depth: p.Depth,
+		Bidir: p.Bidir && test == testThroughput, Verify: p.Verify, Seed: p.Seed,
+		Patience: maxPatience,
+	}
+	if transport == transportRDS && p.Chaos != "" {
+		s.Chaos, s.ChaosEvery = p.Chaos, p.ChaosEvery
+	}
+	return s
 }
 
 // A spec says what one run is. The client sends it to its server.
@@ -131,11 +238,21 @@ type spec struct {
 	Seed      uint64 `json:"seed"`
 	Token     uint64 `json:"token"`
 
+	RDMA       string        `json:"rdma,omitempty"`
+	RDMASize   int           `json:"rdma_size,omitempty"`
+	ODP        bool          `json:"odp,omitempty"`
+	Discard    bool          `json:"odp_discard,omitempty"`
+	Chaos      string        `json:"chaos,omitempty"`
+	ChaosEvery time.Duration `json:"chaos_every_ns,omitempty"`
+
 	// Patience bounds how long either side waits, after the senders have stopped, for what is on its way.
 	Patience time.Duration `json:"patience_ns"`
 }
 
 func (s spec) String() string {
+	if s.RDMA != "" {
+		return fmt.Sprintf("%s %s %s %s", s.Transport, s.RDMA, formatSize(s.RDMASize), s.Test)
+	}
 	return fmt.Sprintf("%s %s %s", s.Transport, formatSize(s.Size), s.Test)
 }
 
@@ -143,7 +260,10 @@ func (s spec) String() string {
 func (s spec) validate() error {
 	p := params{
 		Sizes: []int{s.Size}, Tests: []string{s.Test}, Sockets: s.Sockets, Depth: s.Depth,
-		Duration: 1, RDS: defaultParams().RDS,
+		Duration: 1, RDS: defaultParams().RDS, ODP: s.ODP, Discard: s.Discard, Chaos: s.Chaos, ChaosEvery: s.ChaosEvery,
+	}
+	if s.RDMA != "" {
+		p.RDMA, p.RDMASizes = []string{s.RDMA}, []int{s.RDMASize}
 	}
 	if s.Patience < 0 || s.Patience > maxPatience {
 		return fmt.Errorf("patience of %v", s.Patience)
@@ -232,8 +352,8 @@ func (v compareValue) Set(s string) error {
 		return nil
 	}
 	for _, f := range strings.Split(s, ",") {
-		if f != transportTCP && f != transportUDP {
-			return fmt.Errorf("%q is none of tcp, udp, none", f)
+		if !slices.Contains(baselines, f) {
+			return fmt.Errorf("%q is none of %s", f, baselineNames)
 		}
 		*v.names = append(*v.names, f)
 	}

@@ -8,14 +8,20 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-hclog"
+	"go.uber.org/goleak"
 
 	"github.com/openrds/openrds/rds"
+	"github.com/openrds/openrds/rds/rdsdebug"
+	"github.com/openrds/openrds/verbs"
+	"github.com/openrds/openrds/verbs/softroce"
 )
 
 // rdsOptions are what both sides' Services are opened with.
 type rdsOptions struct {
 	Dialect string `json:"dialect"`
 	Port    uint16 `json:"port"` // UDP port of RoCEv2
+	// Audit has closing fail if it leaves goroutines behind. The Service looks after all else itself, always.
+	Audit bool `json:"audit,omitempty"`
 }
 
 func (o rdsOptions) validate() error {
@@ -30,24 +36,49 @@ func (o rdsOptions) validate() error {
 
 // rdsTransport is what this command is about. One Service carries all runs of a session, one socket per
 // flow is bound for each.
-type rdsTransport struct{ svc *rds.Service }
+type rdsTransport struct {
+	svc      *rds.Service
+	provider *softroce.Provider // ours, so that devices can be removed
+	debug    *rdsdebug.Server   // nil: there is no place for its socket
+	before   []goleak.Option    // the goroutines before the Service; nil: no audit
+}
 
 func openRDS(o rdsOptions, log hclog.Logger) (transport, error) {
-	cfg := rds.Config{UDPPort: o.Port, Logger: log}
+	t := &rdsTransport{provider: softroce.New(softroce.Config{Port: o.Port, Logger: log.Named("softroce")})}
+	if o.Audit {
+		t.before = []goleak.Option{goleak.IgnoreCurrent()}
+	}
+	cfg := rds.Config{Providers: []verbs.Provider{t.provider}, Logger: log}
 	if o.Dialect == dialectKernel {
 		cfg.Dialect = rds.DialectKernelOnly
 	}
-	svc, err := rds.Open(cfg)
-	if err != nil {
+	var err error
+	if t.svc, err = rds.Open(cfg); err != nil {
 		return nil, err
 	}
-	return rdsTransport{svc}, nil
+	// For rdsctl. Whoever may not have the socket measures all the same.
+	if t.debug, err = rdsdebug.Listen(t.svc); err != nil {
+		log.Debug("rdsctl will not see this process", "error", err)
+	}
+	return t, nil
 }
 
-func (t rdsTransport) close() error { return t.svc.Close() }
+func (t *rdsTransport) close() error {
+	var errs []error
+	if t.debug != nil {
+		errs = append(errs, t.debug.Close())
+	}
+	errs = append(errs, t.svc.Close())
+	if t.before != nil {
+		if err := goleak.Find(t.before...); err != nil {
+			errs = append(errs, fmt.Errorf("after closing: %w", err))
+		}
+	}
+	return errors.Join(errs...)
+}
 
-func (t rdsTransport) open(ctx context.Context, cfg endpointConfig) (endpoint, error) {
-	ep := &rdsEndpoint{svc: t.svc}
+func (t *rdsTransport) open(ctx context.Context, cfg endpointConfig) (endpoint, error) {
+	ep := &rdsEndpoint{t: t, local: cfg.local}
 	for range cfg.flows {
 		s, err := t.svc.ListenAddrPort(ctx, netip.AddrPortFrom(cfg.local, 0))
 		if err != nil {
@@ -59,9 +90,14 @@ func (t rdsTransport) open(ctx context.Context, cfg endpointConfig) (endpoint, e
 }
 
 type rdsEndpoint struct {
-	svc   *rds.Service
+	t     *rdsTransport
+	local netip.Addr
 	socks []*rds.Socket // by flow
 }
+
+// unplug and plug implement pluggable.
+func (e *rdsEndpoint) unplug() error { return e.t.provider.Remove(e.local) }
+func (e *rdsEndpoint) plug() error   { return e.t.provider.Add(e.local) }
 
 func (e *rdsEndpoint) addrs() []netip.AddrPort {
 	var out []netip.AddrPort
@@ -85,7 +121,7 @@ func (e *rdsEndpoint) connect(_ context.Context, peers []netip.AddrPort) ([]flow
 
 // counters are of the whole Service, of which this run is the only user.
 func (e *rdsEndpoint) counters() counters {
-	st := e.svc.Stats()
+	st := e.t.svc.Stats()
 	n := counters{
 		retransmits: st.Conn.SendRetransmit,
 		drops:       st.RecvDropNoSock + st.RecvDropDeadSock + st.Conn.RecvDropBadChecksum,

@@ -21,6 +21,10 @@ type report struct {
 	SchemaVersion int      `json:"schema_version"`
 	Start         start    `json:"start"`
 	Runs          []result `json:"runs"`
+
+	// Clean says of a measurement with removals of devices that nothing was lost, nothing repeated, and nothing left behind by
+	// either process.
+	Clean bool `json:"clean,omitempty"`
 }
 
 // start says where, when and how.
@@ -46,6 +50,12 @@ type reportParameters struct {
 	Dialect         string   `json:"dialect"`
 	RoCEPort        uint16   `json:"roce_port"`
 	Seed            uint64   `json:"seed"`
+	RDMA            []string `json:"rdma,omitempty"`
+	RDMASizes       []int    `json:"rdma_sizes,omitempty"`
+	ODP             bool     `json:"odp,omitempty"`
+	ODPDiscard      bool     `json:"odp_discard,omitempty"`
+	Chaos           string   `json:"chaos,omitempty"`
+	ChaosSeconds    float64  `json:"chaos_every_seconds,omitempty"`
 	Client          string   `json:"client"` // addresses
 	Server          string   `json:"server"`
 }
@@ -63,6 +73,11 @@ type result struct {
 	Retransmits       uint64       `json:"retransmits"`
 	Drops             uint64       `json:"drops"`
 	Verified          bool         `json:"verified"` // content and order of every datagram were checked and right
+
+	RDMA       string `json:"rdma,omitempty"`        // operation before each datagram
+	RDMASize   int    `json:"rdma_size,omitempty"`   // its bytes, counted in BytesPerSecond
+	RDMAFailed uint64 `json:"rdma_failed,omitempty"` // operations that devices which went away have cost
+	Removals   uint64 `json:"removals,omitempty"`    // of devices, on both sides
 
 	cores float64 // CPUSeconds per second
 }
@@ -90,7 +105,7 @@ func newReport(p params, client, server string) *report {
 	if compare == nil {
 		compare = []string{}
 	}
-	return &report{
+	r := &report{
 		SchemaVersion: schemaVersion,
 		Start: start{
 			Time:     time.Now().UTC(),
@@ -107,6 +122,30 @@ func newReport(p params, client, server string) *report {
 		},
 		Runs: []result{},
 	}
+	rp := &r.Start.Parameters
+	if len(p.RDMA) > 0 {
+		rp.RDMA, rp.RDMASizes, rp.ODP, rp.ODPDiscard = p.RDMA, p.RDMASizes, p.ODP, p.Discard
+	}
+	if p.Chaos != "" {
+		rp.Chaos, rp.ChaosSeconds = p.Chaos, p.ChaosEvery.Seconds()
+	}
+	return r
+}
+
+// over says what carried a result's bytes.
+func (r *result) over() string {
+	if r.RDMA != "" {
+		return r.Transport + " " + r.RDMA
+	}
+	return r.Transport
+}
+
+// moved is how many bytes each of its operations, or datagrams, was about.
+func (r *result) moved() int {
+	if r.RDMA != "" {
+		return r.RDMASize
+	}
+	return r.Size
 }
 
 func (r *report) writeJSON(w io.Writer) error {
@@ -153,6 +192,18 @@ func (r *report) writeTable(w io.Writer) error {
 	}
 	_, err := fmt.Fprint(w, "\nRates as the receiving application counts them. CPU: cores used by both processes together during\n"+
 		"throughput. µs: round trip, one datagram in flight. vs tcp: messages/s.\n")
+	if r.Clean {
+		removals, failed := uint64(0), uint64(0)
+		for i := range r.Runs {
+			removals += r.Runs[i].Removals
+			failed += r.Runs[i].RDMAFailed
+		}
+		_, err = fmt.Fprintf(w, "\nDevices were removed and added again %s times: 0 lost, 0 duplicated, 0 leaked", groupDigits(float64(removals)))
+		if p.RDMA != nil {
+			_, err = fmt.Fprintf(w, "; %s operations failed with them, each accounted for", groupDigits(float64(failed)))
+		}
+		fmt.Fprintln(w, ".")
+	}
 	return err
 }
 
@@ -182,9 +233,9 @@ func (r *report) lines() []line {
 	}
 	for i := range r.Runs {
 		run := &r.Runs[i]
-		l := find(run.Size, run.Transport)
+		l := find(run.moved(), run.over())
 		if l == nil {
-			out = append(out, line{size: run.Size, transport: run.Transport})
+			out = append(out, line{size: run.moved(), transport: run.over()})
 			l = &out[len(out)-1]
 		}
 		if run.Test == testRTT {

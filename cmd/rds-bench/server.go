@@ -88,7 +88,7 @@ type session struct {
 //	                 ▲                                                           stop │  ◀──mark──┘
 //	                 └───────────── end, from anywhere after idle ──────────────── stopped
 //
-// A request that fails ends its run: only end is possible then.
+// bye leads from idle to over. A request that fails ends its run: only end is possible then.
 type stage string
 
 const (
@@ -101,6 +101,7 @@ const (
 	stageMeasured  stage = "measured"
 	stageStopped   stage = "stopped"
 	stageFailed    stage = "failed"
+	stageOver      stage = "over"
 )
 
 func (s *session) run() error {
@@ -165,8 +166,10 @@ func (s *session) answer(req *request) (response, error) {
 		if res.Sent, err = s.side.stop(); err == nil {
 			err = s.side.drain(req.Sent)
 		}
+	case at{opBye, stageIdle}:
+		next, err = stageOver, s.close()
 	default:
-		if req.Op == opEnd && s.stage != stageNew {
+		if req.Op == opEnd && s.stage != stageNew && s.stage != stageOver {
 			next, err = stageIdle, s.endRun()
 			break
 		}

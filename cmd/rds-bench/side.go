@@ -27,6 +27,8 @@ const (
 //	throughput           send                         receive, count
 //	throughput, bidir    send; receive, count         send; receive, count
 //	rtt                  send, receive, time; repeat  receive, send; repeat
+//	with RDMA            initiate; complete           register, offer; receive, answer
+//	with --chaos         remove and add the device again and again, both
 //
 // Its life: newSide, connect, start, mark twice, stop, drain, close.
 //
@@ -38,6 +40,7 @@ type side struct {
 	ep     endpoint
 	lanes  []*lane
 
+	removals  atomic.Uint64 // of this side's device
 	stopping  atomic.Bool   // senders finish with the datagram they are at
 	measuring atomic.Bool   // between the two marks
 	closing   atomic.Bool   // errors of flows are ours from here on
@@ -61,7 +64,9 @@ type lane struct {
 	received atomic.Uint64 // data datagrams; one writer
 	sent     uint64        // written by the sender, read after it has ended
 
-	hist *hdrhistogram.Histogram // round-trip times in ns; the pinger's until it has ended
+	times *recorder // round trips; nil where there are none
+
+	rdma *rdmaLane // of a run with RDMA; nil otherwise
 
 	// With a depth only. batch datagrams make a credit.
 	batch   uint64
@@ -92,15 +97,20 @@ func (s *side) connect(ctx context.Context, peers []netip.AddrPort) error {
 			tx: newStream(s.spec.Seed, i, s.active),
 			rx: newStream(s.spec.Seed, i, !s.active),
 		}
-		if s.spec.Depth > 0 && s.spec.Test == testThroughput {
+		if s.spec.Depth > 0 && s.spec.Test == testThroughput && s.spec.RDMA == "" {
 			l.batch = uint64(max(1, s.spec.Depth/2))
 			l.credits = make(chan struct{}, s.spec.Depth+1)
 			l.owed = make(chan struct{}, s.spec.Depth+1)
 		}
 		if s.spec.Test == testRTT && s.active {
-			l.hist = hdrhistogram.New(1, int64(time.Minute), 3)
+			l.times = newRecorder(false)
 		}
 		s.lanes = append(s.lanes, l)
+		if s.spec.RDMA != "" {
+			if err := l.prepareRDMA(); err != nil {
+				return err
+			}
+		}
 	}
 	return s.greet(ctx)
 }
@@ -161,7 +171,14 @@ func (l *lane) greet(active bool) error {
 
 // start sets the load going. The passive side starts first.
 func (s *side) start() {
+	if s.spec.Chaos != "" {
+		s.goSender(s.churn)
+	}
 	for _, l := range s.lanes {
+		if l.rdma != nil {
+			l.rdma.start()
+			continue
+		}
 		if s.spec.Test == testRTT {
 			if s.active {
 				s.goSender(l.ping)
@@ -356,8 +373,7 @@ func (l *lane) ping() error {
 			return l.wrap(err)
 		}
 		if measuring {
-			// Above the histogram's highest value is its highest value.
-			_ = l.hist.RecordValue(min(int64(time.Since(start)), int64(time.Minute)))
+			l.times.record(time.Since(start))
 		}
 		if err := l.check(in[:n], seq); err != nil {
 			return err
@@ -399,13 +415,18 @@ type snapshot struct {
 	messages uint64
 	cpu      time.Duration
 	counters counters
+	removals uint64
+	failed   uint64
 }
 
 // mark takes a snapshot; measuring says whether the measured interval begins or ends with it.
 func (s *side) mark(measuring bool) snapshot {
-	sn := snapshot{at: time.Now(), cpu: cpuTime(), counters: s.ep.counters()}
+	sn := snapshot{at: time.Now(), cpu: cpuTime(), counters: s.ep.counters(), removals: s.removals.Load()}
 	for _, l := range s.lanes {
 		sn.messages += l.received.Load()
+		if l.rdma != nil {
+			sn.failed += l.rdma.failed.Load()
+		}
 	}
 	s.measuring.Store(measuring)
 	return sn
@@ -418,6 +439,8 @@ type delta struct {
 	CPUSeconds  float64 `json:"cpu_seconds"`
 	Retransmits uint64  `json:"retransmits"`
 	Drops       uint64  `json:"drops"`
+	Removals    uint64  `json:"removals,omitempty"`
+	Failed      uint64  `json:"rdma_failed,omitempty"`
 }
 
 func (sn snapshot) since(start snapshot) delta {
@@ -427,6 +450,8 @@ func (sn snapshot) since(start snapshot) delta {
 		CPUSeconds:  (sn.cpu - start.cpu).Seconds(),
 		Retransmits: sn.counters.retransmits - start.counters.retransmits,
 		Drops:       sn.counters.drops - start.counters.drops,
+		Removals:    sn.removals - start.removals,
+		Failed:      sn.failed - start.failed,
 	}
 }
 
@@ -466,12 +491,12 @@ func (s *side) drain(sent []uint64) error {
 	}
 	deadline := time.Now().Add(s.spec.Patience)
 	for i, l := range s.lanes {
-		for l.received.Load() < sent[i] {
+		for l.settled() < sent[i] {
 			if err := s.failure(); err != nil {
 				return err
 			}
 			if time.Now().After(deadline) {
-				return l.wrap(&verifyError{fmt.Errorf("%d of %d datagrams arrived within %v", l.received.Load(), sent[i], s.spec.Patience)})
+				return l.wrap(&verifyError{fmt.Errorf("%d of %d datagrams arrived within %v", l.settled(), sent[i], s.spec.Patience)})
 			}
 			time.Sleep(time.Millisecond)
 		}
@@ -480,24 +505,34 @@ func (s *side) drain(sent []uint64) error {
 		time.Sleep(surplusWait)
 	}
 	for i, l := range s.lanes {
-		if n := l.received.Load(); n != sent[i] {
+		if n := l.settled(); n != sent[i] {
 			return l.wrap(&verifyError{fmt.Errorf("%d datagrams arrived of %d sent", n, sent[i])})
 		}
 	}
 	return s.failure()
 }
 
-// roundTrips is the merged histogram of an RTT run's active side, nil otherwise. After stop.
+// settled is of how many datagrams of the peer it is known what has become of them: those that arrived, and those of
+// operations that failed with a device.
+func (l *lane) settled() uint64 {
+	n := l.received.Load()
+	if l.rdma != nil {
+		n += l.rdma.voided.Load()
+	}
+	return n
+}
+
+// roundTrips are those of the active side, nil for a run without any.
 func (s *side) roundTrips() *hdrhistogram.Histogram {
 	var all *hdrhistogram.Histogram
 	for _, l := range s.lanes {
-		switch {
-		case l.hist == nil:
-		case all == nil:
-			all = l.hist
-		default:
-			all.Merge(l.hist)
+		if l.times == nil {
+			continue
 		}
+		if all == nil {
+			all = newHistogram()
+		}
+		l.times.addTotal(all)
 	}
 	return all
 }
@@ -508,7 +543,17 @@ func (s *side) close() error {
 	if s.stopping.CompareAndSwap(false, true) {
 		close(s.stopped)
 	}
+	for _, l := range s.lanes {
+		if l.rdma != nil {
+			l.rdma.quit()
+		}
+	}
 	err := s.ep.close()
 	s.workers.Wait()
+	for _, l := range s.lanes {
+		if l.rdma != nil {
+			err = errors.Join(err, l.rdma.close())
+		}
+	}
 	return err
 }

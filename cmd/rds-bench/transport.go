@@ -107,10 +107,12 @@ func (t *transports) endpoint(ctx context.Context, s spec, active bool) (endpoin
 	return tr.open(ctx, endpointConfig{local: t.local, flows: s.Sockets, active: active, token: s.Token})
 }
 
+// close closes them; nil the second time.
 func (t *transports) close() error {
 	var errs []error
 	for _, tr := range t.opened {
 		errs = append(errs, tr.close())
 	}
+	clear(t.opened)
 	return errors.Join(errs...)
 }
