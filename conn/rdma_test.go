@@ -606,13 +606,22 @@ func TestRDMAClose(t *testing.T) {
 func TestRDMAFaults(t *testing.T) {
 	delay := 50 * time.Microsecond
 	for name, link := range map[string]simnet.LinkConfig{
-		"loss":       {Delay: delay, Loss: 0.03},
-		"everything": {Delay: delay, Jitter: delay, Loss: 0.02, Dup: 0.02, Corrupt: 0.02, Reorder: 0.02},
+		"loss":             {Delay: delay, Loss: 0.03},
+		"everything":       {Delay: delay, Jitter: delay, Loss: 0.02, Dup: 0.02, Corrupt: 0.02, Reorder: 0.02},
+		"late completions": {Delay: delay},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dialects(t, func(t *testing.T, mod func(*hostOptions)) {
 				bubble(t, 11, simnet.Config{Link: link}, func(t *testing.T, net *simnet.Net) {
-					a, b := newHost(t, net, addrA, mod), newHost(t, net, addrB, mod)
+					var faults faultverbs.Faults
+					if link.Loss == 0 {
+						faults.DelayCompletions(300 * time.Microsecond)
+						faults.ShuffleCompletions(7)
+					}
+					a := newHost(t, net, addrA, mod, func(o *hostOptions) {
+						o.wrap = func(p verbs.Provider) verbs.Provider { return faultverbs.Wrap(p, &faults) }
+					})
+					b := newHost(t, net, addrB, mod)
 					local, remote := a.region(8), b.region(8)
 					big, bigRemote := a.region(100000), b.region(100000)
 					c := a.conn(addrB)
@@ -621,7 +630,7 @@ func TestRDMAFaults(t *testing.T) {
 					var owner testOwner
 					dones := make(map[uint64]*opOwner)
 					adds := make(map[uint64]bool)
-					for i := range uint64(300) {
+					for i := range uint64(200) {
 						s1.send(t, c, rng.IntN(3))
 						s2.send(t, b.conn(addrA), rng.IntN(3))
 						op := []verbs.SendOpcode{verbs.OpFetchAdd, verbs.OpWrite, verbs.OpRead}[rng.IntN(3)]
@@ -637,7 +646,7 @@ func TestRDMAFaults(t *testing.T) {
 							t.Fatal(err)
 						}
 						time.Sleep(time.Duration(rng.IntN(2000)) * time.Microsecond)
-						if i%60 == 59 {
+						if i%40 == 39 {
 							c.failLink(fmt.Errorf("the test's"))
 						}
 					}

@@ -120,9 +120,9 @@ type Link struct {
 // slot is what a request in flight holds.
 type slot struct {
 	kind   Kind
+	mark   uint32         // the pool's requests before it
 	chunks [2]*slab.Chunk // referenced until the completion
 	op     *Op            // of a oneSided one
-	mark   uint32         // the pool's requests before it
 }
 
 func (l *Link) slot(i uint32) *slot { return &l.slots[int(i)&(l.cfg.Ring-1)] }
