@@ -61,3 +61,39 @@ func (m *CongMap) ClearedSince(old *CongMap) bool {
 	}
 	return false
 }
+
+// MaxCongDelta is the most ports that a CongDelta names: beyond that a whole map is not much longer.
+const MaxCongDelta = 1024
+
+// CongDelta is the payload of a message that changes some ports of a congestion map. The package comment has its layout.
+type CongDelta []byte
+
+// CongDeltaLen is the length of one that names n ports.
+func CongDeltaLen(n int) int { return 2 + 2*n }
+
+// PutCongDelta writes to b that set are congested and cleared are not, and returns the length. They are at most MaxCongDelta
+// together.
+func PutCongDelta(b []byte, set, cleared []uint16) int {
+	binary.BigEndian.PutUint16(b, uint16(len(set)))
+	n := 2
+	for _, ports := range [2][]uint16{set, cleared} {
+		for _, p := range ports {
+			binary.BigEndian.PutUint16(b[n:], p)
+			n += 2
+		}
+	}
+	return n
+}
+
+// Valid reports whether d is well-formed. What follows may be called only if it is.
+func (d CongDelta) Valid() bool {
+	return len(d) >= 2 && len(d)%2 == 0 && len(d) <= CongDeltaLen(MaxCongDelta) && int(binary.BigEndian.Uint16(d)) <= d.Len()
+}
+
+// Len is the number of ports it names.
+func (d CongDelta) Len() int { return len(d)/2 - 1 }
+
+// At is the i-th port, and whether it is congested.
+func (d CongDelta) At(i int) (port uint16, congested bool) {
+	return binary.BigEndian.Uint16(d[2+2*i:]), i < int(binary.BigEndian.Uint16(d))
+}

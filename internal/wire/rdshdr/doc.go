@@ -27,13 +27,21 @@
 //	 4-11    incarnation of the sender, not 0
 //	12-15    largest SEND the sender takes, bytes
 //	16-19    window share: bytes the sender lets this peer have in flight
-//	20-23    flags, 0 so far; unknown ones are ignored
+//	20-21    flags: 0x0001 the sender takes changes to congestion maps; unknown ones are ignored
+//	22-23    number of the sender's latest REQ for this connection
 //
-// The short mark is the first four bytes of it, all that fits into an IPv6 REQ. A REP that answers one
+// The short mark is all that fits into an IPv6 REQ: 'O' 'R' and the number of the REQ. A REP that answers one
 // with a mark tells the active side that it talks to one of us, and the active side's mark follows as
 // the first SEND, exactly 24 bytes, which is shorter than any header and so nothing else. A kernel
 // looks at nothing of this: it stops reading at byte 32 or 56 and at the padding. Another version of
 // the magic is another dialect: who does not know it sees a kernel.
+//
+// Changes to a congestion map (CongDelta), between two of ours only, are the payload of a header with the flag 0x80 and
+// nothing else, ports 0, and for its sequence the number of the message among those of the connection, from 1: they are changes to the map
+// that the message before it left, a whole map or number n-1.
+//
+//	0-1     number n of ports that are congested now
+//	2-      these n ports, then any number of ports that are not, 2 bytes each
 //
 // Everything is big-endian. Nothing here allocates, keeps state, does I/O or logs.
 //

@@ -25,6 +25,8 @@ const (
 	FlagCongBitmap    uint8 = 0x01 // the payload is a congestion map; must be the only flag
 	FlagAckRequired   uint8 = 0x02
 	FlagRetransmitted uint8 = 0x04
+	// FlagCongDelta: the payload is a CongDelta. Between two of ours only, and the only flag.
+	FlagCongDelta uint8 = 0x80
 )
 
 // Header is an RDS header: HeaderLen bytes that alias a packet. Accessors do not check its length.

@@ -297,7 +297,7 @@ func TestNegotiate(t *testing.T) {
 }
 
 func TestMark(t *testing.T) {
-	m := Mark{Incarnation: 0x0102030405060708, MaxSend: 0x11121314, Window: 0x21222324, Flags: 0x31323334}
+	m := Mark{Incarnation: 0x0102030405060708, MaxSend: 0x11121314, Window: 0x21222324, Flags: 0x3132, Attempt: 0x3334}
 	want := wiretest.Hex("4f524401 0102030405060708 11121314 21222324 31323334")
 	b := bytes.Repeat([]byte{0xEE}, MarkLen)
 	m.Put(b)
@@ -330,7 +330,7 @@ func TestMark(t *testing.T) {
 		}
 		if ours, whole := g.ParseREQ(req, tc.v6); !ours || whole == tc.v6 {
 			t.Errorf("v6=%v: ours %v, whole %v", tc.v6, ours, whole)
-		} else if whole && g != m {
+		} else if want := m; g != want && (whole || g != Mark{Attempt: want.Attempt}) {
 			t.Errorf("v6=%v: %+v", tc.v6, g)
 		}
 		if n, want := m.PutREP(rep, tc.v6), PrivLen(tc.v6)+MarkLen; n != want {
@@ -698,7 +698,7 @@ func FuzzConnPriv(f *testing.F) {
 }
 
 func FuzzMark(f *testing.F) {
-	m := Mark{1, 61440, 1 << 20, 0}
+	m := Mark{1, 61440, 1 << 20, FlagDeltas, 7}
 	b := make([]byte, 196)
 	m.Put(b)
 	f.Add(bytes.Clone(b[:MarkLen]), false)
@@ -730,6 +730,54 @@ func FuzzMark(f *testing.F) {
 		}
 		if m.ParseREP(b, v6) {
 			check("REP")
+		}
+	})
+}
+
+func TestCongDelta(t *testing.T) {
+	var b [64]byte
+	n := PutCongDelta(b[:], []uint16{4000, 65535}, []uint16{1, 2, 3})
+	d := CongDelta(b[:n])
+	if want := wiretest.Hex("0002 0fa0 ffff 0001 0002 0003"); !bytes.Equal(d, want) || n != CongDeltaLen(5) {
+		t.Errorf("%x, want %x", d, want)
+	}
+	if !d.Valid() || d.Len() != 5 {
+		t.Errorf("valid %v, %d ports", d.Valid(), d.Len())
+	}
+	for i, want := range []uint16{4000, 65535, 1, 2, 3} {
+		if p, on := d.At(i); p != want || on != (i < 2) {
+			t.Errorf("entry %d: port %d, %v", i, p, on)
+		}
+	}
+	for _, bad := range []CongDelta{nil, d[:1], d[:3], d[:4], make(CongDelta, CongDeltaLen(MaxCongDelta)+2)} {
+		if bad.Valid() {
+			t.Errorf("%d bytes are valid", len(bad))
+		}
+	}
+	if ok := CongDelta(make([]byte, CongDeltaLen(MaxCongDelta))); !ok.Valid() || !(CongDelta{0, 0}).Valid() {
+		t.Error("the longest, or the shortest, is not valid")
+	}
+}
+
+func FuzzCongDelta(f *testing.F) {
+	f.Add([]byte{0, 1, 0, 5, 0, 6})
+	f.Add([]byte{0, 9, 0, 5})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		d := CongDelta(b)
+		if !d.Valid() {
+			return
+		}
+		var set, cleared []uint16
+		for i := range d.Len() {
+			if p, on := d.At(i); on {
+				set = append(set, p)
+			} else {
+				cleared = append(cleared, p)
+			}
+		}
+		c := make([]byte, len(b))
+		if n := PutCongDelta(c, set, cleared); n != len(b) || !bytes.Equal(b, c) {
+			t.Fatalf("%x encodes to %x", b, c)
 		}
 	})
 }
