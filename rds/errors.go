@@ -175,7 +175,7 @@ func bindError(err error) error {
 	switch {
 	case errors.Is(err, ErrAddrInUse), errors.Is(err, ErrAddrNotAvailable), errors.Is(err, ErrClosed):
 		return err
-	case errors.Is(err, syscall.EADDRINUSE):
+	case errors.Is(err, syscall.EADDRINUSE), errors.Is(err, verbs.ErrBusy):
 		return fmt.Errorf("%w: %w", ErrAddrInUse, err)
 	case errors.Is(err, syscall.EADDRNOTAVAIL), errors.Is(err, verbs.ErrNoSuchAddress):
 		return fmt.Errorf("%w: %w", ErrAddrNotAvailable, err)

@@ -100,7 +100,7 @@ func (n udpNetwork) Listen(local netip.AddrPort) (packetio.Conn, error) {
 		case errors.Is(err, unix.EADDRNOTAVAIL):
 			return nil, fmt.Errorf("UDP %v: %w", local, verbs.ErrNoSuchAddress)
 		case errors.Is(err, unix.EADDRINUSE):
-			return nil, &verbs.BusyError{Object: fmt.Sprintf("UDP %v", local), Holders: []string{portOwner()}}
+			return nil, &verbs.BusyError{Object: fmt.Sprintf("UDP %v", local), Holders: []string{portOwner(local)}}
 		}
 		return nil, fmt.Errorf("UDP %v: %w", local, err)
 	}
@@ -636,12 +636,4 @@ func interfaceMTU(a netip.Addr) int {
 		return within
 	}
 	return 1500
-}
-
-// portOwner says who may have the port.
-func portOwner() string {
-	if _, err := os.Stat("/sys/module/rdma_rxe"); err == nil {
-		return "rdma_rxe of the kernel, or another process"
-	}
-	return "another process"
 }
