@@ -96,13 +96,6 @@ func (g *Guest) unplug() {
 	}
 }
 
-// strangers is how many addresses AddHostAddr has given since the first of the guests that run was started.
-func (g *Guest) strangers() int {
-	link.Lock()
-	defer link.Unlock()
-	return len(link.extra)
-}
-
 // running are the guests of this moment.
 func running() (gs []*Guest) {
 	link.Lock()

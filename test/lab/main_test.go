@@ -82,3 +82,10 @@ func discardGuest() {
 		shared.g = nil
 	}
 }
+
+// strangers is how many addresses AddHostAddr has given since the first of the guests that run was started.
+func (g *Guest) strangers() int {
+	link.Lock()
+	defer link.Unlock()
+	return len(link.extra)
+}
