@@ -25,8 +25,7 @@ func (p *Provider) TracePackets(fn func(verbs.Packet)) (stop func()) {
 		p.mu.Unlock()
 		// Who is in the middle of a batch has the old list.
 		for _, d := range p.openDevices() {
-			d.role.Lock()
-			d.role.Unlock() //nolint:staticcheck // waits for the step in progress
+			d.awaitStep()
 		}
 	}
 }
@@ -55,6 +54,12 @@ func (p *Provider) openDevices() []*device {
 		out = append(out, d)
 	}
 	return out
+}
+
+// awaitStep returns when the step in progress, if any, has ended.
+func (d *device) awaitStep() {
+	d.role.Lock()
+	defer d.role.Unlock()
 }
 
 // traceIn shows received trains. Engine role.
