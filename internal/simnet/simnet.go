@@ -476,6 +476,15 @@ func (n *Net) transmit(now time.Duration, p packet) (departure time.Duration) {
 	return departure
 }
 
+// Inject has a packet arrive that was seen before, such as one that a filter has dropped: now, and whatever the link does
+// to others. It is not counted as sent.
+func (n *Net) Inject(e Event) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.push(packet{at: n.now() + 1, n: e.N, from: e.From, to: e.To, tos: e.TOS, data: append([]byte(nil), e.Data...)})
+	n.arm()
+}
+
 func (n *Net) push(p packet) {
 	p.seq = n.pushed
 	n.pushed++
