@@ -639,6 +639,46 @@ func TestRegionMemory(t *testing.T) {
 	})
 }
 
+// TestRegionFreedAsDeviceGoes: regions are freed, both ways, while their device goes away. Their memory comes back once.
+func TestRegionFreedAsDeviceGoes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		net := simnet.ForTest(t, 1, simnet.Config{})
+		svc, prov := openRemovable(t, net)
+		s := bind(t, svc, ap(addrB, 4000))
+		for range 8 {
+			regions := make([]*Region, 32)
+			for i := range regions {
+				regions[i] = mustRegister(t, s, verbs.PageSize, RegionOptions{})
+			}
+			var wg sync.WaitGroup
+			for i, r := range regions {
+				wg.Go(func() {
+					if i%2 == 0 {
+						r.Close()
+					} else if err := r.Invalidate(bg()); err != nil {
+						t.Error(err)
+					}
+				})
+			}
+			if err := prov.Remove(addrB); err != nil {
+				t.Fatal(err)
+			}
+			wg.Wait()
+			waitDone(t, regions...)
+			for _, r := range regions {
+				if !errors.Is(r.Err(), ErrStaleCookie) {
+					t.Errorf("freed, and is %v", r.Err())
+				}
+			}
+			if err := prov.Add(addrB); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(time.Second)
+		}
+		closeService(t, svc)
+	})
+}
+
 // TestRegionDeviceGone: the device goes away. Its regions are tombstones, their memory comes back without anybody asking, and
 // the next device has regions of its own.
 func TestRegionDeviceGone(t *testing.T) {

@@ -379,12 +379,12 @@ func (r *Region) giveLocked() bool {
 
 func (r *Region) giveBack() {
 	r.mu.Lock()
-	forget := r.forget
+	forget, prompt := r.forget, r.prompt // whoever comes second may still set them
 	r.mu.Unlock()
 	if forget != nil {
 		forget()
 	}
-	r.m.Release(r.prompt, func(err error) {
+	r.m.Release(prompt, func(err error) {
 		if r.err = err; err == nil {
 			r.pin.Unpin()
 		} else {
