@@ -387,16 +387,17 @@ func (s *stress) report(ctx context.Context, over <-chan struct{}, active bool, 
 		}
 		if s.opt.ShowPerfdata {
 			counters := svc.Stats().Counters()
-			fmt.Fprintf(w, "::%d,%d,%d,%d,%d,%.2f,%.2f,%.2f,%.2f,%.2f,%.2f", s.opt.Tasks, s.opt.ReqSize, s.opt.AckSize, s.opt.RDMASize, d.ReqTx,
+			// One write: whoever finds a long round trip writes between two.
+			line := fmt.Appendf(nil, "::%d,%d,%d,%d,%d,%.2f,%.2f,%.2f,%.2f,%.2f,%.2f", s.opt.Tasks, s.opt.ReqSize, s.opt.AckSize, s.opt.RDMASize, d.ReqTx,
 				kps(d.bytes(), took), kps(d.MbusIn, took), kps(d.MbusOut, took), mean(d.SendTime, d.ReqTx), mean(d.RTT, d.AckRx), s.cpuPercent(cpu-lastCPU, took))
 			for i, x := range counters {
 				old := uint64(0)
 				if i < len(lastCounters) && lastCounters[i].Name == x.Name {
 					old = lastCounters[i].Value
 				}
-				fmt.Fprintf(w, ",%.0f", float64(x.Value-old)/took.Seconds())
+				line = fmt.Appendf(line, ",%.0f", float64(x.Value-old)/took.Seconds())
 			}
-			fmt.Fprintln(w)
+			w.Write(append(line, '\n'))
 			lastCounters = counters
 		}
 		last, lastAt, lastCPU = c, now, cpu
