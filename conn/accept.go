@@ -73,7 +73,8 @@ func (m *Manager) request(s *site, req verbs.ConnRequest) {
 //	up                      the peer has lost the old connection: down, then accepted
 //	error, disconnecting    accepted when down
 //
-// A peer in penalty is refused: it overran its bound.
+// A request that the network has kept until a later one was settled (rdshdr.Mark.Attempt) means nothing, and ends nothing. A peer
+// in penalty is refused: it overran its bound.
 func (c *Conn) offer(r *request) (refused string) {
 	k := &c.m.count
 	if c.peer.penaltyLeft(time.Now()) > 0 {
@@ -83,6 +84,10 @@ func (c *Conn) offer(r *request) (refused string) {
 	defer c.mu.Unlock()
 	if c.ctl.closing {
 		return "closing"
+	}
+	if c.lateLocked(&r.hello) {
+		k.requestsLate.Inc()
+		return "late"
 	}
 	switch a := c.ctl.attempt; {
 	case a != nil && a.ours:
@@ -105,6 +110,35 @@ func (c *Conn) offer(r *request) (refused string) {
 	return ""
 }
 
+// lateLocked reports whether a request was made before the one that has settled what it is about: what is up, what is being accepted, what
+// waits to be.
+func (c *Conn) lateLocked(h *ib.Hello) bool {
+	if !h.Ours || c.m.cfg.Dialect != DialectOpen {
+		return false
+	}
+	known := !h.MarkFollows // it says which process it is of
+	var than *ib.Hello
+	switch a := c.ctl.attempt; {
+	case c.ctl.req != nil:
+		than = &c.ctl.req.hello
+	case a != nil && !a.ours:
+		than = &a.hello
+	case a == nil && c.state.load() == Up && c.ctl.theirsKnown:
+		if known && h.Mark.Incarnation != c.peer.inc.Load() {
+			return h.Mark.Incarnation == c.peer.formerly.Load()
+		}
+		return notAfter(h.Mark.Attempt, c.ctl.theirTry)
+	}
+	return than != nil && than.Ours && than.Mark.Incarnation == h.Mark.Incarnation && notAfter(h.Mark.Attempt, than.Mark.Attempt)
+}
+
+// notAfter compares the numbers of attempts. Only so many before are taken for such: a process that has begun anew, whose IPv6 REQ does not
+// say so, begins anywhere.
+func notAfter(n, than uint16) bool { return than-n < lateAttempts }
+
+// lateAttempts is how many attempts the network may hold back: at most one every few milliseconds, and after a second one a second.
+const lateAttempts = 64
+
 // lower compares addresses as 128-bit numbers (rds-protocol spec 1.1).
 func lower(a, b netip.Addr) bool {
 	x, y := a.As16(), b.As16()
@@ -118,7 +152,7 @@ func (c *Conn) accept(r *request) {
 	if !c.state.move(Down, Connecting) {
 		return
 	}
-	ctx, end := c.begin(false, acceptTimeout)
+	ctx, end := c.begin(r, acceptTimeout)
 	defer end()
 	kind := ibdev.Small
 	if r.hello.Ours {

@@ -28,10 +28,9 @@ type Sink interface {
 	// Deliver may call Manager.SetCongested and Conn.PeerCongested.
 	Deliver(c *Conn, msgs []Incoming) (n int)
 
-	// PeerMapChanged says that the congestion map of remote, as seen by connections from local, was
-	// replaced; cleared reports whether any bit went from 1 to 0. Writers that wait for
-	// a port of remote look again (Conn.PeerCongested).
-	PeerMapChanged(local, remote netip.Addr, cleared bool)
+	// PortsClear says that these ports of remote, as seen by connections from local, were congested and are not any
+	// more (Conn.PeerCongested): writers that wait for them may go on. Each is named once; ports belongs to the caller.
+	PortsClear(local, remote netip.Addr, ports []uint16)
 
 	// PeerDown and PeerUp report that a peer could not be reached for the dead-peer time (default
 	// 10 s) and that it is reachable again.
@@ -43,9 +42,16 @@ type Sink interface {
 // pointer. Released runs in completion handlers or in the caller of Conn.Cancel and
 // Manager.Close: it may not wait, and may not call back into the connection.
 type Owner interface {
-	// Released reports that msgs messages with together bytes of payload of this owner were
-	// acknowledged by the peer, cancelled, or dropped with the connection at Manager.Close.
-	Released(msgs, bytes int)
+	// Released reports that msgs messages with together bytes of payload of this owner were acknowledged by the
+	// peer if acked, and otherwise cancelled, or dropped with the connection at Manager.Close.
+	Released(msgs, bytes int, acked bool)
+}
+
+// Part is an Owner whose messages are another's too: Conn.Cancel for that one takes them as well. It tells the other
+// what it is told itself.
+type Part interface {
+	Owner
+	Whole() Owner
 }
 
 // Incoming is one received datagram.
@@ -59,13 +65,16 @@ type Incoming struct {
 	More    []Frag // further pieces in order
 }
 
-// Ext is what a datagram's header says about memory (rds-protocol spec 2.5).
+// Ext is what a datagram's header says about memory (rds-protocol spec 2.5), and when it came.
 type Ext struct {
 	Cookie uint64 // of a region of the sender's, handed out (RDMA_DEST); 0 none
 	// Used is the key of the region of the receiver's that the operation before this datagram used (RDMA), if
 	// HasUsed. The peer says so: nothing proves it.
 	Used    verbs.RKey
 	HasUsed bool
+	// Seen is when the first SEND of the datagram was taken from its completion, Start when its header was looked at. Zero
+	// unless Manager.TraceReceive is on (rds-protocol spec 1.7, SO_RDS_MSG_RXPATH_LATENCY).
+	Seen, Start time.Time
 }
 
 // Frag is a piece of a message in a receive buffer.
@@ -93,10 +102,11 @@ const (
 	More
 )
 
-// Extra is what a datagram may have beside its payload: one of the two (rds-protocol spec 1.4 step 12).
+// Extra is what a datagram may have beside its payload: one of Cookie and RDMA (rds-protocol spec 1.4 step 12), or none.
 type Extra struct {
-	Cookie uint64 // of a region to hand out: rkey | offset << 32; 0 none
-	RDMA   *RDMA  // an operation to execute before the datagram
+	Cookie uint64  // of a region to hand out: rkey | offset << 32; 0 none
+	RDMA   *RDMA   // an operation to execute before the datagram
+	Buffer *Buffer // has the payload, of this Manager; it is the connection's when the datagram is queued
 }
 
 // RDMA is an operation that is executed before the datagram it is sent with. It belongs to the connection from a SendExtra
@@ -233,7 +243,7 @@ type Stats struct {
 	SendQueued           uint64 // send_queued: messages, pings and pongs included
 	SendPong             uint64 // send_pong: pings and pongs generated
 	CongUpdateQueued     uint64 // cong_update_queued
-	CongUpdateReceived   uint64 // cong_update_received
+	CongUpdateReceived   uint64 // cong_update_received: whole maps and deltas
 	IBConnectRaced       uint64 // ib_connect_raced: REQ while connecting
 	IBListenClosedStale  uint64 // ib_listen_closed_stale: REQ while up
 	IBTxCQEvent          uint64 // ib_tx_cq_event
@@ -273,6 +283,8 @@ type Stats struct {
 	RecvEarlyDropped  uint64 // connections dropped for sending too much before the handshake was through
 	RecvPongDropped   uint64 // pings not answered: bound or rate
 	RecvMapBadLength  uint64 // congestion maps ignored
+	CongDeltaSent     uint64 // updates of our map that named the ports alone
+	CongDeltaReceived uint64
 	PeerRestarted     uint64 // incarnations of peers that replaced another
 	PeersDown         uint64 // PeerDown reports
 	ConnectAttempts   uint64
@@ -280,6 +292,7 @@ type Stats struct {
 	ConnectRejected   uint64 // by the peer
 	AcceptRejected    uint64 // REQs refused by us
 	AcceptBadPrivate  uint64 // REQs with private data that makes no sense
+	AcceptLate        uint64 // REQs of ours that arrived when a later one was settled
 	Established       uint64
 	DrainTimeouts     uint64 // QPs destroyed without their marker: a provider's bug
 	HeartbeatsSent    uint64

@@ -27,7 +27,7 @@ func (s *countSink) Deliver(c *Conn, msgs []Incoming) int {
 
 type windowOwner struct{ inFlight atomic.Int64 }
 
-func (o *windowOwner) Released(msgs, bytes int) { o.inFlight.Add(-int64(msgs)) }
+func (o *windowOwner) Released(msgs, bytes int, _ bool) { o.inFlight.Add(-int64(msgs)) }
 
 // BenchmarkLoopback sends from one Manager to another in the same process, over UDP, with at most 4 MiB (or 4096
 // messages) not acknowledged.

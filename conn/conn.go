@@ -44,12 +44,19 @@ type Conn struct {
 	ackNext   uint64 // last sequence received
 	ackSent   uint64 // the last one posted
 	asked     uint64 // open: sequence after the last message that asked for an acknowledgement
-	mapDue    bool   // our congestion map is to be sent
+	mapDue    bool   // our congestion map has changed, or the peer knows none
+	mapKnown  bool   // the peer knows the map as it was after change mapVer
+	mapVer    uint64
+	mapDelta  uint64 // deltas sent since the whole map
+	deltas    bool   // the peer takes them
 	markDue   bool   // our mark is to be sent, before anything else
 	mapChunk  *slab.Chunk
 
 	sendQueued uint64 // counters
 	contention uint64
+
+	// Ports, modulo 64, that the peer has sent to since the last look of the heartbeat, and before that (congestion.go).
+	lately, before atomic.Uint64
 
 	// Timers, made on first use.
 	ackTimer *time.Timer
@@ -97,12 +104,16 @@ func (c *Conn) SendMsg(o Owner, srcPort, dstPort uint16, payload []byte, flags S
 }
 
 // SendExtra queues a copy of payload, at most MaxMessage bytes, as one datagram to dstPort of the peer, with x if that is not
-// nil. o's Released tells when it is no longer kept. It never waits; it may post what is queued on the caller's
+// nil; if x has a Buffer that is the payload, and not copied. o's Released tells when it is no longer kept. It never waits; it may post what is queued on the caller's
 // goroutine, and starts connecting if the connection is down. Datagrams of one goroutine go out in
 // order. Errors, which leave nothing queued: ErrNoMemory, ErrClosed, ErrMessageTooLong; for an operation ErrTooManyPieces and
 // verbs.ErrDeviceGone.
 func (c *Conn) SendExtra(o Owner, srcPort, dstPort uint16, payload []byte, flags SendFlags, x *Extra) error {
-	if len(payload) > MaxMessage {
+	n, buffer := len(payload), x != nil && x.Buffer != nil
+	if buffer {
+		n = x.Buffer.Len()
+	}
+	if n > MaxMessage {
 		return ErrMessageTooLong
 	}
 	var f uint8
@@ -120,13 +131,13 @@ func (c *Conn) SendExtra(o Owner, srcPort, dstPort uint16, payload []byte, flags
 		ok    bool
 	)
 	if x == nil {
-		seq, first, ok = c.q.append(o, srcPort, dstPort, len(payload), c.ackNext, f)
+		seq, first, ok = c.q.append(o, srcPort, dstPort, n, c.ackNext, f, nil)
 	} else {
 		if err := c.checkExtra(x); err != nil {
 			c.mu.Unlock()
 			return err
 		}
-		seq, first, ok = c.appendExtra(o, srcPort, dstPort, len(payload), f, x)
+		seq, first, ok = c.appendExtra(o, srcPort, dstPort, n, f, x)
 	}
 	if !ok {
 		c.mu.Unlock()
@@ -134,9 +145,11 @@ func (c *Conn) SendExtra(o Owner, srcPort, dstPort uint16, payload []byte, flags
 		return ErrNoMemory
 	}
 	c.sendQueued++
-	if len(payload) <= copyLocked {
+	switch {
+	case buffer:
+	case n <= copyLocked:
 		copy(first, payload)
-	} else {
+	default:
 		c.copyIn(seq, payload)
 	}
 	switch {
@@ -192,7 +205,7 @@ func (c *Conn) Flush() {
 }
 
 // PeerCongested reports whether port is congested in the last map the peer sent.
-func (c *Conn) PeerCongested(port uint16) bool { return c.peer.congested(port) }
+func (c *Conn) PeerCongested(port uint16) bool { return c.peer.cong.test(port) }
 
 // Cancel takes back the messages of o to dstPort (-1: to all ports) that the peer has not acknowledged, and returns
 // how many. o's Released has been called for them when it returns. Those on their way already
@@ -237,9 +250,7 @@ func (c *Conn) Info() Info {
 		i.QPN, i.PeerQPN = uint32(c.link.QPN()), uint32(c.ctl.peerQPN)
 		i.MaxSendWR, i.MaxSendSGE, i.MaxRecvWR = c.link.Limits()
 	}
-	if m := c.peer.cong.Load(); m != nil {
-		i.PeerCongestedPorts = m.Count()
-	}
+	i.PeerCongestedPorts = int(c.peer.cong.count.Load())
 	return i
 }
 

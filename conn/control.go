@@ -34,6 +34,11 @@ type control struct {
 	stopped chan struct{} // closed when the control side has ended for good
 
 	attempt *attempt // in progress
+	tries   uint16   // number of our latest REQ; written by the control side only, which reads it without the lock
+
+	// The peer's latest REQ when the connection was last established: what comes late of those up to it means nothing.
+	theirTry    uint16
+	theirsKnown bool
 
 	tryAt   time.Time     // no attempt of ours before that
 	backoff time.Duration // upper limit of the next delay; 0: none yet, try at once
@@ -50,7 +55,8 @@ type control struct {
 
 // attempt is a connect or an accept in progress.
 type attempt struct {
-	ours   bool // our REQ
+	ours   bool     // our REQ
+	hello  ib.Hello // of the peer's
 	cancel context.CancelCauseFunc
 }
 
@@ -149,7 +155,7 @@ func (c *Conn) pause(d time.Duration) {
 // wantedLocked decides whether to connect: something is queued; somebody waits for it; or the connection was lost and the peer is not
 // known to be dead; or a port there is congested, and writers wait for a map.
 func (c *Conn) wantedLocked() bool {
-	return c.q.una != c.q.tail || c.upWaiters > 0 || c.ctl.keep || c.peer.cong.Load() != nil
+	return c.q.una != c.q.tail || c.upWaiters > 0 || c.ctl.keep || c.peer.cong.count.Load() > 0
 }
 
 // LinkBroken implements ib.Upper.
@@ -187,13 +193,16 @@ func (c *Conn) penalise() {
 	c.peer.penalise(time.Now(), c.m.cfg.BackoffMin*8, c.m.cfg.BackoffMax)
 }
 
-// begin notes an attempt. Its context ends after the timeout, or when somebody abandons it.
-func (c *Conn) begin(ours bool, timeout time.Duration) (context.Context, func()) {
+// begin notes an attempt, ours if r is nil. Its context ends after the timeout, or when somebody abandons it.
+func (c *Conn) begin(r *request, timeout time.Duration) (context.Context, func()) {
 	ctx, cancelTime := context.WithTimeout(context.Background(), timeout)
 	ctx, cancel := context.WithCancelCause(ctx)
 	c.mu.Lock()
-	c.ctl.attempt = &attempt{ours: ours, cancel: cancel}
-	abandoned := c.ctl.closing || ours && c.ctl.req != nil
+	c.ctl.attempt = &attempt{ours: r == nil, cancel: cancel}
+	if r != nil {
+		c.ctl.attempt.hello = r.hello
+	}
+	abandoned := c.ctl.closing || c.ctl.req != nil
 	c.mu.Unlock()
 	if abandoned {
 		cancel(errAbandoned)
@@ -238,7 +247,7 @@ func (c *Conn) hello(l *ib.Link) ib.Hello {
 		h.AckSeq = c.rx.expected - 1
 	}
 	if c.m.cfg.Dialect == DialectOpen {
-		h.Ours, h.Mark = true, c.m.mark(l)
+		h.Ours, h.Mark = true, c.mark(l)
 	}
 	return h
 }
@@ -253,7 +262,10 @@ func (c *Conn) connect() {
 	if left := m.cfg.DeadAfter - c.peer.missing(time.Now()); left > 0 {
 		timeout = min(timeout, left) // so that a dead peer is reported in time
 	}
-	ctx, end := c.begin(true, timeout)
+	c.mu.Lock()
+	c.ctl.tries++
+	c.mu.Unlock()
+	ctx, end := c.begin(nil, timeout)
 	defer end()
 	kind := ibdev.Large
 	if m.cfg.Dialect == DialectKernelOnly || c.peer.kernel.Load() {
@@ -388,7 +400,9 @@ func (c *Conn) establish(ctx context.Context, l *ib.Link, h *ib.Hello, info verb
 	c.ctl.lastErr = nil
 	c.asked = c.q.una
 	c.markDue = active && h.Ours && c.remote.Is6()
-	c.mapDue = true
+	c.mapDue, c.mapKnown, c.mapDelta = true, false, 0
+	c.ctl.theirTry, c.ctl.theirsKnown = h.Mark.Attempt, h.Ours
+	c.deltas = h.Ours && h.Mark.Flags&rdshdr.FlagDeltas != 0
 	m.count.congQueued.Inc()
 	if h.AckSeq != 0 {
 		c.ackedLocked(h.AckSeq, &r)
@@ -492,7 +506,7 @@ func (c *Conn) shutdown() {
 		e.b.Put()
 	}
 	rx.early = nil
-	rx.ready, rx.wantMark, rx.dead = false, false, false
+	rx.ready, rx.wantMark, rx.dead, rx.mapKnown = false, false, false, false
 	rx.gotAck, rx.got, rx.asked = false, false, 0
 	// 4. What was posted and not acknowledged is to be sent again.
 	c.mu.Lock()

@@ -46,6 +46,8 @@ type counters struct {
 	recvEarlyDropped  atomic.Uint64
 	pongDropped       atomic.Uint64
 	mapBadLength      atomic.Uint64
+	congDeltas        atomic.Uint64 // received
+	congDeltasSent    atomic.Uint64
 	peerRestarted     atomic.Uint64
 	peersDown         atomic.Uint64
 	connectAttempts   atomic.Uint64
@@ -53,6 +55,7 @@ type counters struct {
 	connectRejected   atomic.Uint64
 	acceptRejected    atomic.Uint64
 	acceptBadPrivate  atomic.Uint64
+	requestsLate      atomic.Uint64
 	established       atomic.Uint64
 	heartbeatsSent    atomic.Uint64
 	heartbeatTimeouts atomic.Uint64
@@ -109,6 +112,8 @@ func (m *Manager) Stats() Stats {
 		RecvEarlyDropped:     k.recvEarlyDropped.Load(),
 		RecvPongDropped:      k.pongDropped.Load(),
 		RecvMapBadLength:     k.mapBadLength.Load(),
+		CongDeltaSent:        k.congDeltasSent.Load(),
+		CongDeltaReceived:    k.congDeltas.Load(),
 		PeerRestarted:        k.peerRestarted.Load(),
 		PeersDown:            k.peersDown.Load(),
 		ConnectAttempts:      k.connectAttempts.Load(),
@@ -116,6 +121,7 @@ func (m *Manager) Stats() Stats {
 		ConnectRejected:      k.connectRejected.Load(),
 		AcceptRejected:       k.acceptRejected.Load(),
 		AcceptBadPrivate:     k.acceptBadPrivate.Load(),
+		AcceptLate:           k.requestsLate.Load(),
 		Established:          k.established.Load(),
 		DrainTimeouts:        m.linkStats.DrainTimeouts.Load(),
 		HeartbeatsSent:       k.heartbeatsSent.Load(),

@@ -130,8 +130,7 @@ type testSink struct {
 	mu sync.Mutex
 
 	msgs    []gotMsg
-	maps    int
-	cleared int
+	clear   []netip.AddrPort // PortsClear
 	down    []netip.Addr
 	upAgain []netip.Addr
 	accept  func(c *Conn, m *Incoming) bool // nil: everything
@@ -183,11 +182,10 @@ func (s *testSink) Deliver(c *Conn, msgs []Incoming) int {
 	return len(msgs)
 }
 
-func (s *testSink) PeerMapChanged(local, remote netip.Addr, cleared bool) {
+func (s *testSink) PortsClear(local, remote netip.Addr, ports []uint16) {
 	s.mu.Lock()
-	s.maps++
-	if cleared {
-		s.cleared++
+	for _, p := range ports {
+		s.clear = append(s.clear, netip.AddrPortFrom(remote, p))
 	}
 	s.mu.Unlock()
 }
@@ -222,6 +220,12 @@ func (s *testSink) take() []gotMsg {
 	return m
 }
 
+func (s *testSink) reset() {
+	s.mu.Lock()
+	s.msgs, s.count = nil, 0
+	s.mu.Unlock()
+}
+
 func (s *testSink) len() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -234,7 +238,7 @@ type testOwner struct {
 	msgs, bytes int
 }
 
-func (o *testOwner) Released(msgs, bytes int) {
+func (o *testOwner) Released(msgs, bytes int, _ bool) {
 	o.mu.Lock()
 	o.msgs += msgs
 	o.bytes += bytes

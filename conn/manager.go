@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-hclog"
+	"go.uber.org/atomic"
 
 	"github.com/openrds/openrds/conn/ib"
 	"github.com/openrds/openrds/ibdev"
@@ -27,7 +28,8 @@ type Manager struct {
 	count     counters
 	linkStats ib.Stats
 	sendMem   memBudget
-	maxPieces int // of an operation: what fits into the smaller ring
+	tracing   atomic.Int32 // TraceReceive, calls of
+	maxPieces int          // of an operation: what fits into the smaller ring
 
 	mu       sync.RWMutex
 	byKey    map[key]*Conn
@@ -122,9 +124,10 @@ func NewManager(cfg Config) *Manager {
 // Incarnation tells this Manager from others at the same addresses.
 func (m *Manager) Incarnation() uint64 { return m.inc }
 
-// mark is what we say about ourselves on l.
-func (m *Manager) mark(l *ib.Link) rdshdr.Mark {
-	return rdshdr.Mark{Incarnation: m.inc, MaxSend: uint32(l.Recv().Bytes()), Window: uint32(l.Device().Attr().RecvWindow)}
+// mark is what we say about ourselves on l. Control side, or mu held.
+func (c *Conn) mark(l *ib.Link) rdshdr.Mark {
+	return rdshdr.Mark{Incarnation: c.m.inc, MaxSend: uint32(l.Recv().Bytes()), Window: uint32(l.Device().Attr().RecvWindow),
+		Flags: rdshdr.FlagDeltas, Attempt: c.ctl.tries}
 }
 
 // Listen opens the device of local and accepts connections there from now on. Nil if it does
@@ -150,7 +153,7 @@ func (m *Manager) siteLocked(local netip.Addr) (*site, error) {
 	}
 	s := m.sites[local]
 	if s == nil {
-		s = &site{m: m, addr: local, open: make(chan struct{}, 1)}
+		s = &site{m: m, addr: local, open: make(chan struct{}, 1), wake: make(chan struct{}, 1)}
 		m.sites[local] = s
 	}
 	return s, nil
@@ -202,6 +205,7 @@ func (m *Manager) create(k key, named bool) (*Conn, error) {
 	c.q.init(m.cfg.Slab, &m.sendMem, m.cfg.MaxQueuedPerConn, m.cfg.FirstSequence())
 	c.asked = c.q.una
 	c.ctl.wake = make(chan struct{}, 1)
+	c.ctl.tries = uint16(m.inc) // any number: another process's are others
 	c.rx.pongs.tokens = pongBurst
 	c.named.Store(named)
 	m.byKey[k] = c
@@ -267,8 +271,19 @@ func (m *Manager) Snapshot() []Info {
 	return out
 }
 
+// TraceReceive has arriving datagrams stamped (Ext.Seen, Ext.Start) from the first call with true on until there were as many
+// with false. A reading of the clock per datagram is what it costs.
+func (m *Manager) TraceReceive(on bool) {
+	if on {
+		m.tracing.Inc()
+	} else {
+		m.tracing.Dec()
+	}
+}
+
 // SetCongested sets or clears the bit of port in the congestion map of local. Every connection of the
-// address sends the map, soon; several changes go out as one. It does not wait.
+// address tells its peer: those at once whose peers have sent to the port lately, the others soon; several changes go out as
+// one. It does not wait.
 func (m *Manager) SetCongested(local netip.Addr, port uint16, on bool) {
 	m.mu.RLock()
 	s := m.sites[local]
@@ -278,7 +293,7 @@ func (m *Manager) SetCongested(local netip.Addr, port uint16, on bool) {
 		s, _ = m.site(local.Unmap())
 	}
 	if s != nil {
-		s.set(port, on)
+		s.setCongested(port, on)
 	}
 }
 

@@ -6,8 +6,6 @@ import (
 	"time"
 
 	"go.uber.org/atomic"
-
-	"github.com/openrds/openrds/internal/wire/rdshdr"
 )
 
 // Peer is what all connections of a pair of hosts share.
@@ -16,9 +14,10 @@ type Peer struct {
 	local, remote netip.Addr
 	conns         int // guarded by Manager.mu
 
-	cong   atomic.Pointer[rdshdr.CongMap] // the peer's map, immutable; nil: nothing is congested
-	inc    atomic.Uint64                  // incarnation seen last, 0: none, or a kernel
-	kernel atomic.Bool                    // it answered without our mark: its QPs join the queue of small buffers
+	cong     peerMap
+	inc      atomic.Uint64 // incarnation seen last, 0: none, or a kernel
+	formerly atomic.Uint64 // the one before that
+	kernel   atomic.Bool   // it answered without our mark: its QPs join the queue of small buffers
 
 	mu      sync.Mutex
 	up      int       // connections that are up
@@ -33,26 +32,11 @@ type penalty struct {
 	next  time.Duration
 }
 
-// congested is on the way of every datagram.
-func (p *Peer) congested(port uint16) bool {
-	m := p.cong.Load()
-	return m != nil && m.Test(port)
-}
-
-// setMap replaces the peer's map. nil is the empty one.
-func (p *Peer) setMap(m *rdshdr.CongMap) {
-	old := p.cong.Swap(m)
-	if old == m {
-		return // both empty
+// tell reports ports of the peer that are no longer congested.
+func (p *Peer) tell(fell []uint16) {
+	if len(fell) > 0 {
+		p.m.cfg.Sink.PortsClear(p.local, p.remote, fell)
 	}
-	var empty rdshdr.CongMap
-	if old == nil {
-		old = &empty
-	}
-	if m == nil {
-		m = &empty
-	}
-	p.m.cfg.Sink.PeerMapChanged(p.local, p.remote, m.ClearedSince(old))
 }
 
 // missing notes that there is no connection to the peer, and returns how long it has been without a sign of life.
@@ -89,7 +73,7 @@ func (p *Peer) isDown() {
 	p.m.count.peersDown.Inc()
 	p.m.log.Warn("peer is down", "local", p.local, "remote", p.remote)
 	// Nobody knows any more what is congested there: writers may queue again.
-	p.setMap(nil)
+	p.tell(p.cong.clear())
 	p.m.cfg.Sink.PeerDown(p.local, p.remote)
 }
 
@@ -117,9 +101,10 @@ func (p *Peer) lost() {
 func (p *Peer) met(inc uint64) {
 	old := p.inc.Swap(inc)
 	if old != inc && old != 0 {
+		p.formerly.Store(old)
 		p.m.count.peerRestarted.Inc()
 		// The old one's map says nothing about the new one (rds-protocol spec 2.7).
-		p.setMap(nil)
+		p.tell(p.cong.clear())
 	}
 }
 

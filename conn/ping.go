@@ -73,7 +73,7 @@ func (c *Conn) pingLocked(p *ping) bool {
 	if p == nil {
 		o = &c.beat
 	}
-	if _, _, ok := c.q.append(o, PingSourcePort, 0, 0, c.ackNext, msgAckNow); !ok {
+	if _, _, ok := c.q.append(o, PingSourcePort, 0, 0, c.ackNext, msgAckNow, nil); !ok {
 		return false
 	}
 	c.sendQueued++
@@ -114,7 +114,7 @@ type pongs struct {
 }
 
 // Released implements Owner.
-func (p *pongs) Released(msgs, bytes int) { p.out.Sub(int32(msgs)) }
+func (p *pongs) Released(msgs, bytes int, _ bool) { p.out.Sub(int32(msgs)) }
 
 const (
 	maxPongs     = 256  // not acknowledged, per connection
@@ -129,12 +129,12 @@ func (c *Conn) pong(port uint16) {
 	now := time.Now()
 	p.tokens = min(pongBurst, p.tokens+float64(now.Sub(p.last))*pongsPerTick)
 	p.last = now
-	if p.tokens < 1 || p.out.Load() >= maxPongs || c.peer.congested(port) {
+	if p.tokens < 1 || p.out.Load() >= maxPongs || c.peer.cong.test(port) {
 		c.m.count.pongDropped.Inc()
 		return
 	}
 	c.mu.Lock()
-	_, _, ok := c.q.append(p, 0, port, 0, c.ackNext, 0)
+	_, _, ok := c.q.append(p, 0, port, 0, c.ackNext, 0, nil)
 	if ok {
 		c.sendQueued++
 	}
@@ -156,7 +156,7 @@ type heartbeat struct {
 }
 
 // Released implements Owner: heartbeats are their own, so that they can be taken back.
-func (b *heartbeat) Released(msgs, bytes int) {}
+func (b *heartbeat) Released(msgs, bytes int, _ bool) {}
 
 // dropBeatsLocked takes the heartbeats of a connection that is gone out of the queue: they are no reason to
 // connect again.
@@ -212,8 +212,10 @@ func (c *Conn) look() {
 		l.Fail(ErrPeerDead)
 		return
 	}
+	c.age()
 	if c.q.una == c.q.tail && c.q.una == b.una {
 		c.q.trim()
+		c.peer.cong.trim()
 	}
 	b.una = c.q.una
 	c.armTickLocked()

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"slices"
+	"time"
 
 	"github.com/openrds/openrds/conn/ib"
 	"github.com/openrds/openrds/internal/wire/rdshdr"
@@ -82,12 +83,14 @@ func (c *Conn) appendExtra(owner Owner, sport, dport uint16, n int, flags uint8,
 			s.ext[0] = byte(rdshdr.ExtRDMA)
 			binary.BigEndian.PutUint32(s.ext[1:], uint32(r.RKey))
 		}
+	} else if x.Cookie == 0 {
+		return q.append(owner, sport, dport, n, c.ackNext, flags&^msgSide, x.Buffer)
 	} else {
 		s.ext[0] = byte(rdshdr.ExtRDMADest)
 		binary.BigEndian.PutUint32(s.ext[1:], uint32(x.Cookie))
 		binary.BigEndian.PutUint32(s.ext[5:], uint32(x.Cookie>>32))
 	}
-	seq, first, ok = q.append(owner, sport, dport, n, c.ackNext, flags)
+	seq, first, ok = q.append(owner, sport, dport, n, c.ackNext, flags, x.Buffer)
 	if !ok {
 		return seq, first, false
 	}
@@ -194,6 +197,7 @@ func (o *op) OpDone(s verbs.WCStatus) {
 	var r released
 	c.mu.Lock()
 	st := o.outcome(s)
+	r.acked = st == RDMASuccess
 	if _, ok := c.q.sides[o.seq]; ok {
 		c.q.forgetOp(o.seq)
 		if st != RDMASuccess || o.alone {
@@ -355,7 +359,7 @@ func (q *sendQueue) dropSide(seq uint64, r *released) {
 	delete(q.sides, seq)
 }
 
-// ext is what the header of a received message says. It is the scratch's.
+// ext is what the header of a received message says, and when, if somebody wants to know. It is the scratch's.
 func (s *rxScratch) ext(h rdshdr.Header) *Ext {
 	var x Ext
 	if d := h.FindExt(rdshdr.ExtRDMADest); d != nil {
@@ -363,6 +367,9 @@ func (s *rxScratch) ext(h rdshdr.Header) *Ext {
 	}
 	if d := h.FindExt(rdshdr.ExtRDMA); d != nil {
 		x.Used, x.HasUsed = verbs.RKey(binary.BigEndian.Uint32(d)), true
+	}
+	if rx := &s.conn.rx; rx.traced {
+		x.Seen, x.Start = rx.seen, time.Now()
 	}
 	if x == (Ext{}) {
 		return nil

@@ -3,6 +3,7 @@ package conn
 import (
 	"errors"
 	"fmt"
+	"time"
 
 	"go.uber.org/atomic"
 
@@ -35,6 +36,8 @@ type rxState struct {
 	expected uint64 // next sequence; 0: any
 	ack      uint64 // sequence to acknowledge, 0 none
 	part     partial
+	mapSeq   uint64 // changes to the peer's map since the whole one
+	mapKnown bool   // which has come
 
 	// Since the last batch ended.
 	peerAck  uint64 // ack of the last SEND
@@ -46,6 +49,9 @@ type rxState struct {
 	oldSeq   uint64
 	credits  uint64
 	ackFrame uint64
+
+	traced bool      // stamp messages
+	seen   time.Time // when the SEND being taken apart was taken from its completion, if traced
 
 	pongs pongs
 
@@ -88,6 +94,8 @@ type rxScratch struct {
 	frags []Frag           // of messages in more than one piece
 	exts  []Ext            // of messages with extensions
 	bufs  []*ibdev.RecvBuf // to put when the messages have been delivered
+	ports uint64           // that they are for, modulo 64
+	fell  []uint16         // congestion.go
 
 	// State of conn.rx before msgs[0], in case the Sink does not take it.
 	expected, ack uint64
@@ -156,6 +164,9 @@ func (c *Conn) recvSend(l *ib.Link, b *ibdev.RecvBuf, n int) {
 		s.begin(c)
 	}
 	rx.sends++
+	if rx.traced = c.m.tracing.Load() > 0; rx.traced {
+		rx.seen = time.Now()
+	}
 	s.bufs = append(s.bufs, b)
 	data := b.Bytes()[:n]
 	for {
@@ -208,6 +219,12 @@ func (c *Conn) fragment(s *rxScratch, b *ibdev.RecvBuf, h rdshdr.Header, payload
 		c.recvMap(size, Frag{b, payload[:size:size]}, nil)
 		return size, nil
 	}
+	if c.rx.open && h.Flags() == rdshdr.FlagCongDelta {
+		if size > len(payload) {
+			return 0, fmt.Errorf("%w: %d bytes of %d that changed in a congestion map", ErrBadFragment, len(payload), size)
+		}
+		return size, c.recvDelta(h.Seq(), rdshdr.CongDelta(payload[:size]))
+	}
 	if p.active {
 		if h.Seq() != p.seq || size != p.len || h.SPort() != p.sport || h.DPort() != p.dport {
 			return 0, fmt.Errorf("%w: of message %d in the middle of message %d", ErrBadFragment, h.Seq(), p.seq)
@@ -230,7 +247,7 @@ func (c *Conn) fragment(s *rxScratch, b *ibdev.RecvBuf, h rdshdr.Header, payload
 	if k == left && !p.active {
 		// The usual case: a message in one piece.
 		var x *Ext
-		if h.HasExt() {
+		if h.HasExt() || c.rx.traced {
 			x = s.ext(h)
 		}
 		c.message(s, h.Seq(), size, h.SPort(), h.DPort(), h.Flags(), x, Frag{b, payload[:k:k]}, nil)
@@ -238,7 +255,7 @@ func (c *Conn) fragment(s *rxScratch, b *ibdev.RecvBuf, h rdshdr.Header, payload
 	}
 	if !p.active {
 		*p = partial{active: true, seq: h.Seq(), len: size, sport: h.SPort(), dport: h.DPort(), flags: h.Flags(), frags: p.frags}
-		if h.HasExt() {
+		if h.HasExt() || c.rx.traced {
 			if x := s.ext(h); x != nil {
 				p.ext = *x
 			}
@@ -312,6 +329,7 @@ func (c *Conn) message(s *rxScratch, seq uint64, size int, sport, dport uint16, 
 		return
 	}
 	rx.expected, rx.ack = seq+1, seq
+	s.ports |= 1 << (dport % 64)
 	s.msgs = append(s.msgs, Incoming{Seq: seq, Len: size, SrcPort: sport, DstPort: dport, First: first, More: more, Ext: x})
 	if len(s.msgs) >= deliverBatch {
 		s.flush()
@@ -334,6 +352,8 @@ func (s *rxScratch) flush() {
 	for i := range s.msgs {
 		bytes += s.msgs[i].Len
 	}
+	c.sentTo(s.ports) // before the Sink finds a port congested by them
+	s.ports = 0
 	n := m.cfg.Sink.Deliver(c, s.msgs)
 	if n < len(s.msgs) {
 		// Nothing from msgs[n] on has been received. The peer sends it again on the next connection, which
@@ -404,7 +424,7 @@ func (c *Conn) endReceive(l *ib.Link) {
 	}
 	rx.sends = 0
 	rx.expectedSeen.Store(rx.expected)
-	var r released
+	r := released{acked: true}
 	c.mu.Lock()
 	if c.link != l {
 		c.mu.Unlock()

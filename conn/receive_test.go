@@ -33,7 +33,7 @@ func (x *inject) start() {
 	if !x.c.state.move(Down, Connecting) {
 		x.t.Fatal(x.c.State())
 	}
-	ctx, end := x.c.begin(false, time.Hour)
+	ctx, end := x.c.begin(new(request), time.Hour)
 	defer end()
 	l, err := x.c.newLink(ctx, ibdev.Large)
 	if err != nil {

@@ -153,19 +153,21 @@ func (q *sendQueue) unsent() int             { return int(q.tail - q.next) }
 
 // append lays out a message of n bytes behind the others and returns its sequence and the memory of its
 // first piece, into which the caller copies. If the message is longer than copyLocked it is not ready: the caller
-// copies to all its pieces, with or without the lock, and calls ready. False: no memory, and nothing
-// was changed.
-func (q *sendQueue) append(o Owner, sport, dport uint16, n int, ack uint64, flags uint8) (seq uint64, first []byte, ok bool) {
+// copies to all its pieces, with or without the lock, and calls ready. A message with a Buffer has its n bytes there, and is
+// ready. False: no memory, and nothing was changed.
+func (q *sendQueue) append(o Owner, sport, dport uint16, n int, ack uint64, flags uint8, b *Buffer) (seq uint64, first []byte, ok bool) {
 	if q.queued() == len(q.ring) && !q.growRing() {
 		return 0, nil, false
 	}
-	ser, ok := q.place(n, flags&msgOp != 0)
-	if !ok {
+	var ser uint32
+	if b != nil {
+		ser = q.adopt(b)
+	} else if ser, ok = q.place(n, flags&msgOp != 0); !ok {
 		return 0, nil, false
 	}
 	seq = q.tail
 	c := q.chunk(ser)
-	if n <= copyLocked {
+	if n <= copyLocked || b != nil {
 		flags |= msgReady
 	} else {
 		q.copying++
@@ -335,10 +337,11 @@ func (q *sendQueue) runFull() bool {
 
 // released is what a message queue gives back: to its owners when the lock is off.
 type released struct {
-	n    int
-	runs [32]releasedRun
-	op   endedOp   // the first
-	ops  []endedOp // the rest
+	acked bool // by the peer
+	n     int
+	runs  [32]releasedRun
+	op    endedOp   // the first
+	ops   []endedOp // the rest
 }
 
 type releasedRun struct {
@@ -372,7 +375,7 @@ func (r *released) some() bool { return r.n > 0 || r.op.o != nil }
 func (r *released) tell() {
 	for i := range r.runs[:r.n] {
 		run := &r.runs[i]
-		run.owner.Released(run.msgs, run.bytes)
+		run.owner.Released(run.msgs, run.bytes, r.acked)
 		run.owner = nil
 	}
 	r.n = 0
@@ -486,10 +489,10 @@ func (q *sendQueue) cancelRange(o Owner, dport int, from uint64, r *released) (u
 	s := max(from, q.una)
 	for end := min(q.tail, s+popBatch); s < end; s++ {
 		m := q.msg(s)
-		if m.owner != o || dport >= 0 && int(m.dport) != dport || m.flags&(msgReady|msgCancelled) != msgReady {
+		if !isOwner(m.owner, o) || dport >= 0 && int(m.dport) != dport || m.flags&(msgReady|msgCancelled) != msgReady {
 			continue
 		}
-		if !r.add(o, int(m.len)) {
+		if !r.add(m.owner, int(m.len)) {
 			break
 		}
 		if m.flags&msgSide != 0 {
@@ -500,6 +503,15 @@ func (q *sendQueue) cancelRange(o Owner, dport int, from uint64, r *released) (u
 	}
 	q.trimHead()
 	return s, n
+}
+
+// isOwner reports whether a message of m is o's.
+func isOwner(m, o Owner) bool {
+	if m == o {
+		return true
+	}
+	p, ok := m.(Part)
+	return ok && p.Whole() == o
 }
 
 // rewind sets the queue back to what has to be sent again on a new connection.

@@ -181,7 +181,7 @@ func TestSendQueue(t *testing.T) {
 				size := rapid.SampledFrom([]int{0, 1, 64, 64, 1000, 4096, 7168, 7169, 9000, 57000, 61392, 61393, 130000}).Draw(t, "size")
 				o := rapid.SampledFrom(owners).Draw(t, "owner")
 				data := payload(uint16(size), seq, size)
-				s, mem, ok := q.append(o, 7, uint16(rapid.IntRange(5, 6).Draw(t, "port")), size, 0, 0)
+				s, mem, ok := q.append(o, 7, uint16(rapid.IntRange(5, 6).Draw(t, "port")), size, 0, 0, nil)
 				if !ok {
 					if len(tw.msgs) < 64 {
 						t.Fatalf("refused with %d messages", len(tw.msgs))

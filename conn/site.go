@@ -1,20 +1,19 @@
 package conn
 
 import (
-	"bytes"
 	"context"
 	"math/rand/v2"
 	"net/netip"
 	"sync"
 	"time"
 
+	"go.uber.org/atomic"
+
 	"github.com/openrds/openrds/ibdev"
-	"github.com/openrds/openrds/internal/slab"
-	"github.com/openrds/openrds/internal/wire/rdshdr"
 	"github.com/openrds/openrds/verbs"
 )
 
-// site is a local address: its device and listener, its congestion map, and the connections that the map goes
+// site is a local address: its device and listener, its congestion map (congestion.go), and the connections that the map goes
 // to.
 //
 // A site whose device goes is away until the address has one again: its connections are down, try nothing, and keep
@@ -40,135 +39,20 @@ type site struct {
 	mu      sync.Mutex
 	cur     *ibdev.Device // dev
 	away    bool          // there is no device, and recover is at work on that
-	cong    rdshdr.CongMap
-	chunk   *slab.Chunk // what cong was when it was last sent; nil: it has changed since. One reference.
+	cong    ourMap
 	conns   []*Conn
-	dirty   bool // changed since the pusher looked
 	pushing bool // there is a pusher
 	stopped bool // the Manager is closing: there is nobody left to tell
+
+	wake    chan struct{} // one slot: the pusher looks again
+	crowded atomic.Uint64 // congested ports, modulo 64; advice
 }
 
-// snapshot returns the map in memory that can be posted, with a reference for the caller. All connections share it until
-// the map changes.
-func (s *site) snapshot() (*slab.Chunk, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.chunk == nil {
-		c, err := s.m.cfg.Slab.Alloc(rdshdr.CongMapLen)
-		if err != nil {
-			return nil, err
-		}
-		copy(c.Bytes(), s.cong[:])
-		s.chunk = c
-	}
-	s.chunk.Get()
-	return s.chunk, nil
-}
-
-// set changes the bit of port. It is called with sockets locked, so the map is sent by a goroutine of its own; what changes
-// meanwhile goes out with it.
-func (s *site) set(port uint16, on bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.cong.Test(port) == on {
-		return
-	}
-	if on {
-		s.cong.Set(port)
-	} else {
-		s.cong.Clear(port)
-	}
-	if s.chunk != nil {
-		s.chunk.Put()
-		s.chunk = nil
-	}
-	s.dirty = true
-	if !s.pushing && !s.stopped {
-		s.pushing = true
-		s.m.wg.Add(1)
-		go s.push()
-	}
-}
-
-// stop ends the pushing of maps; who is at it goes on to the end.
+// stop ends the pushing of maps.
 func (s *site) stop() {
 	s.mu.Lock()
 	s.stopped = true
 	s.mu.Unlock()
-}
-
-// push marks the map as due on every connection.
-func (s *site) push() {
-	defer s.m.wg.Done()
-	for {
-		s.mu.Lock()
-		if !s.dirty {
-			s.pushing = false
-			s.mu.Unlock()
-			return
-		}
-		s.dirty = false
-		conns := s.conns // appended to, or replaced
-		s.mu.Unlock()
-		for _, c := range conns {
-			c.pushMap()
-		}
-	}
-}
-
-// pushMap sends the local map if the connection is up; if it is not, the map is the first thing that is sent when
-// it is.
-func (c *Conn) pushMap() {
-	c.mu.Lock()
-	if !c.up || c.mapDue {
-		c.mu.Unlock()
-		return
-	}
-	c.mapDue = true
-	c.m.count.congQueued.Inc()
-	c.transmitLocked()
-}
-
-// recvMap takes the peer's congestion map, which replaces the one before. Receive handler.
-func (c *Conn) recvMap(size int, first Frag, more []Frag) {
-	k := &c.m.count
-	if size != rdshdr.CongMapLen {
-		k.mapBadLength.Inc()
-		return
-	}
-	k.congReceived.Inc()
-	// Most maps are empty, and many are what we have already: neither makes garbage.
-	old := c.peer.cong.Load()
-	var empty rdshdr.CongMap
-	if old == nil {
-		old = &empty
-	}
-	if sameMap(old, first, more) {
-		return
-	}
-	m := new(rdshdr.CongMap)
-	n := copy(m[:], first.Data)
-	for _, f := range more {
-		n += copy(m[n:], f.Data)
-	}
-	if *m == empty {
-		m = nil
-	}
-	c.peer.setMap(m)
-}
-
-func sameMap(m *rdshdr.CongMap, first Frag, more []Frag) bool {
-	n := len(first.Data)
-	if !bytes.Equal(m[:n], first.Data) {
-		return false
-	}
-	for _, f := range more {
-		if !bytes.Equal(m[n:n+len(f.Data)], f.Data) {
-			return false
-		}
-		n += len(f.Data)
-	}
-	return true
 }
 
 // device returns the address's device with a reference for the caller. May wait.
@@ -359,10 +243,7 @@ func (s *site) close() error {
 func (s *site) release() {
 	_ = s.drop() // of the listener, which close has ended, the device alone is left
 	s.mu.Lock()
-	if s.chunk != nil {
-		s.chunk.Put()
-		s.chunk = nil
-	}
+	s.cong.dropChunks()
 	s.mu.Unlock()
 }
 

@@ -141,7 +141,7 @@ func (c *Conn) build(l *ib.Link) (b built) {
 	if c.markDue && free > 0 {
 		s := &c.sends[0]
 		*s = ib.Send{Kind: ib.Control, Solicited: true, HeaderLen: rdshdr.MarkLen}
-		mark := c.m.mark(l)
+		mark := c.mark(l)
 		mark.Put(l.Header(0))
 		b.n++
 		c.markDue = false
@@ -234,13 +234,27 @@ func (c *Conn) build(l *ib.Link) (b built) {
 // hidden by the fragments behind it, so it waits for the end of the message.
 func (c *Conn) midMessage() bool { return c.frag != 0 && c.q.nextOff > 0 }
 
-// buildMap adds our congestion map, which carries the acknowledgement too. It reports whether it did: without
-// memory for the map it is tried again later.
+// buildMap adds what is due of our congestion map, if anything is, which carries the acknowledgement too. It reports whether it did:
+// without memory for the map it is tried again later.
 func (c *Conn) buildMap(l *ib.Link, b *built) bool {
-	chunk, err := c.site.snapshot()
+	u, err := c.site.mapSince(c.mapVer, !c.mapKnown, c.deltas)
 	if err != nil {
 		return false
 	}
+	c.mapDue, c.mapKnown, c.mapVer = false, true, u.ver
+	if u.chunk == nil {
+		return false // it came with an earlier one
+	}
+	c.mapChunk = u.chunk
+	if u.len > 0 {
+		c.mapDelta++
+		c.m.count.congDeltasSent.Inc()
+		rdshdr.Put(l.Header(b.n), c.mapDelta, c.ackNext, uint32(u.len), 0, 0, rdshdr.FlagCongDelta, 0)
+		c.sends[b.n] = ib.Send{Kind: ib.Control, Solicited: true, HeaderLen: hdrLen, N: 1, Pieces: [2]ib.Piece{{Chunk: u.chunk, Len: u.len}}}
+		b.n++
+		return true
+	}
+	c.mapDelta = 0
 	parts := 2
 	if c.frag == 0 {
 		parts = 1
@@ -249,10 +263,8 @@ func (c *Conn) buildMap(l *ib.Link, b *built) bool {
 	for i := range parts {
 		rdshdr.Put(l.Header(b.n), 0, c.ackNext, rdshdr.CongMapLen, 0, 0, rdshdr.FlagCongBitmap, 0)
 		c.sends[b.n] = ib.Send{Kind: ib.Control, Solicited: i == parts-1, HeaderLen: hdrLen, N: 1,
-			Pieces: [2]ib.Piece{{Chunk: chunk, Off: i * size, Len: size}}}
+			Pieces: [2]ib.Piece{{Chunk: u.chunk, Off: i * size, Len: size}}}
 		b.n++
 	}
-	c.mapChunk = chunk
-	c.mapDue = false
 	return true
 }

@@ -89,5 +89,5 @@ func TestNoAllocs(t *testing.T) {
 			}
 		}
 	})
-	s.last.Load().link.(*nullLink).drained(s.owner())
+	drained(s)
 }

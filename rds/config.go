@@ -30,6 +30,7 @@ const (
 	DefaultBuffer       = 4 << 20 // send and receive buffer: the largest message fits four times
 	DefaultMaxPeerBytes = 64 << 20
 	DefaultMaxLentBytes = 16 << 20
+	DefaultMaxReserved  = 16 << 20
 	DefaultHoldTime     = time.Second
 	DefaultHoldBytes    = 4 << 20
 	DefaultLinger       = 5 * time.Second
@@ -74,6 +75,10 @@ type Config struct {
 	// MaxLentBytes bounds, per socket, the memory shared with other messages that received messages
 	// keep until Release; messages beyond it are copied. Zero: DefaultMaxLentBytes; negative: all are copied.
 	MaxLentBytes int
+
+	// MaxReservedBytes bounds, per socket, what SendBufs hold that were neither sent nor freed. Zero: DefaultMaxReserved; negative:
+	// there are none.
+	MaxReservedBytes int
 
 	// HoldTime is how long after the first bind on an address datagrams for ports that are not bound
 	// yet are held for a bind to come, and HoldBytes how much at most; others are dropped and
@@ -136,6 +141,7 @@ func (c Config) withDefaults() Config {
 	def(&c.ReceiveBuffer, DefaultBuffer)
 	def(&c.MaxPeerBytes, DefaultMaxPeerBytes)
 	def(&c.MaxLentBytes, DefaultMaxLentBytes)
+	def(&c.MaxReservedBytes, DefaultMaxReserved)
 	def(&c.HoldBytes, DefaultHoldBytes)
 	if c.HoldTime == 0 {
 		c.HoldTime = DefaultHoldTime

@@ -20,12 +20,6 @@ func (k sink) Deliver(c *conn.Conn, msgs []conn.Incoming) int {
 	return k.svc.deliver(p.(*peer), c.TOS(), msgs, int64(k.svc.cfg.MaxPeerBytes))
 }
 
-func (k sink) PeerMapChanged(local, remote netip.Addr, cleared bool) {
-	if cleared {
-		k.svc.peerOf(local, remote).congWait.wakeAll()
-	}
-}
-
 func (k sink) PeerDown(local, remote netip.Addr) {
 	k.svc.ctr.peerDown.Add(1)
 	k.svc.log.Warn("peer cannot be reached; its datagrams wait", "local", local, "peer", remote)

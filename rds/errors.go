@@ -16,7 +16,7 @@ import (
 var (
 	// ErrClosed: the socket or the service was closed.
 	ErrClosed = net.ErrClosed
-	// ErrCongested: the destination port does not read fast enough (ENOBUFS).
+	// ErrCongested: the destination port does not read fast enough (ENOBUFS). The error is a *CongestedError.
 	ErrCongested error = &condition{"destination port is congested", syscall.ENOBUFS}
 	// ErrNoBufferSpace: the send buffer is full of unacknowledged datagrams (EAGAIN).
 	ErrNoBufferSpace error = &condition{"send buffer is full", syscall.EAGAIN}
@@ -110,25 +110,24 @@ func (e *OpError) Temporary() bool { return false }
 
 // deadlineError is an expired deadline together with what the operation waited for.
 type deadlineError struct {
-	cause error // ErrCongested, ErrNoBufferSpace; nil for a read
+	cause error // *CongestedError, ErrNoBufferSpace; nil for a read
 }
 
-// The three values there are: a deadline that expires allocates nothing but its OpError.
+// A deadline that expires allocates nothing but its OpError, and for congestion what says where.
 var (
-	errDeadlineRead      = &deadlineError{}
-	errDeadlineCongested = &deadlineError{ErrCongested}
-	errDeadlineNoBuffer  = &deadlineError{ErrNoBufferSpace}
+	errDeadlineRead     = &deadlineError{}
+	errDeadlineNoBuffer = &deadlineError{ErrNoBufferSpace}
 )
 
 // deadlineFor is the error of a deadline that expired while waiting for cause.
 func deadlineFor(cause error) error {
 	switch cause {
-	case ErrCongested:
-		return errDeadlineCongested
+	case nil:
+		return errDeadlineRead
 	case ErrNoBufferSpace:
 		return errDeadlineNoBuffer
 	}
-	return errDeadlineRead
+	return &deadlineError{cause}
 }
 
 func (e *deadlineError) Error() string {

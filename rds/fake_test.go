@@ -91,7 +91,9 @@ func (tr *fakeTransport) SetCongested(a netip.Addr, port uint16, on bool) {
 	}
 	tr.net.mu.Unlock()
 	for h, t := range hosts {
-		sink{t.svc}.PeerMapChanged(h, a, !on)
+		if !on {
+			sink{t.svc}.PortsClear(h, a, []uint16{port})
+		}
 	}
 }
 
@@ -107,6 +109,9 @@ func (tr *fakeTransport) Park() {}
 func (tr *fakeTransport) Register(context.Context, netip.Addr, []byte, verbs.PagedMemory, uint64, verbs.Access) (*conn.Mapping, error) {
 	return nil, verbs.ErrNotSupported
 }
+
+func (tr *fakeTransport) Reserve(int) (*conn.Buffer, error) { return nil, conn.ErrNoMemory }
+func (tr *fakeTransport) TraceReceive(bool)                 {}
 
 func (tr *fakeTransport) FlushMemory(context.Context) error { return nil }
 
@@ -132,7 +137,7 @@ func (tr *fakeTransport) ack(n int) {
 	tr.unacked = tr.unacked[n:]
 	tr.mu.Unlock()
 	for _, s := range done {
-		s.o.Released(1, s.n)
+		s.o.Released(1, s.n, true)
 	}
 }
 
@@ -159,7 +164,7 @@ func (l *fakeLink) SendExtra(o conn.Owner, srcPort, dstPort uint16, payload []by
 		deliverTo(to.svc, l.remote, l.local, srcPort, dstPort, bytes.Clone(payload))
 	}
 	if !withhold {
-		o.Released(1, len(payload))
+		o.Released(1, len(payload), true)
 	}
 	return nil
 }

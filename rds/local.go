@@ -31,36 +31,52 @@ func newLocalLink(p *peer, to *localAddr) *localLink {
 	return &localLink{from: p, back: to.peer(p.la.addr)}
 }
 
-func (l *localLink) deliver(o conn.Owner, srcPort, dstPort uint16, payload []byte, x *conn.Ext) {
-	to, m := l.back, [1]conn.Incoming{{SrcPort: srcPort, DstPort: dstPort, Len: len(payload), First: conn.Frag{Data: payload}, Ext: x}}
-	if dstPort == PingPort {
+func (l *localLink) deliver(o conn.Owner, m [1]conn.Incoming) {
+	to, n := l.back, m[0].Len
+	if m[0].DstPort == PingPort {
 		// The stack answers, whatever the payload (rds-protocol spec 2.6).
 		to = l.from
-		m[0] = conn.Incoming{SrcPort: PingPort, DstPort: srcPort}
+		m[0] = conn.Incoming{SrcPort: PingPort, DstPort: m[0].SrcPort}
 		to.la.svc.ctr.recvPing.Add(1)
 	}
 	// Senders stop at congested ports, so each socket's buffer bounds this; the bound per peer is
 	// for senders who do not.
 	to.la.svc.deliver(to, 0, m[:], maxInt64)
-	o.Released(1, len(payload))
+	o.Released(1, n, true)
 }
 
 // SendExtra executes an operation here and now: memory is copied.
 func (l *localLink) SendExtra(o conn.Owner, srcPort, dstPort uint16, payload []byte, _ conn.SendFlags, x *conn.Extra) error {
-	switch {
-	case x == nil:
-		l.deliver(o, srcPort, dstPort, payload, nil)
+	m := [1]conn.Incoming{{SrcPort: srcPort, DstPort: dstPort, Len: len(payload), First: conn.Frag{Data: payload}}}
+	if x == nil {
+		l.deliver(o, m)
 		return nil
-	case x.RDMA == nil:
-		l.deliver(o, srcPort, dstPort, payload, &conn.Ext{Cookie: x.Cookie})
+	}
+	if b := x.Buffer; b != nil {
+		m[0].Len = b.Len()
+		for i, p := range b.Pieces(nil) {
+			if i == 0 {
+				m[0].First.Data = p
+			} else {
+				m[0].More = append(m[0].More, conn.Frag{Data: p})
+			}
+		}
+		defer b.Release()
+	}
+	if x.RDMA == nil {
+		if x.Cookie != 0 {
+			m[0].Ext = &conn.Ext{Cookie: x.Cookie}
+		}
+		l.deliver(o, m)
 		return nil
 	}
 	op := x.RDMA.Owner.(*operation)
 	st := op.execute(l.back.la)
-	if st != conn.RDMASuccess || op.Silent && len(payload) == 0 {
-		o.Released(1, len(payload))
+	if silent := op.Silent && m[0].Len == 0; st != conn.RDMASuccess || silent {
+		o.Released(1, m[0].Len, st == conn.RDMASuccess)
 	} else {
-		l.deliver(o, srcPort, dstPort, payload, &conn.Ext{Used: op.RKey, HasUsed: !op.what.Op.atomic()})
+		m[0].Ext = &conn.Ext{Used: op.RKey, HasUsed: !op.what.Op.atomic()}
+		l.deliver(o, m)
 	}
 	op.RDMADone(st)
 	return nil
@@ -81,12 +97,3 @@ func (l *localLink) PeerCongested(port uint16) bool {
 }
 
 func (l *localLink) Cancel(conn.Owner, int) int { return 0 }
-
-// wakeNearby wakes writers of this Service that wait for a port of la.
-func (la *localAddr) wakeNearby() {
-	if list := la.nearby.Load(); list != nil {
-		for _, p := range *list {
-			p.congWait.wakeAll()
-		}
-	}
-}

@@ -18,6 +18,12 @@ type Message struct {
 	TypeOfService uint8
 	// RDMA is an operation to execute before the datagram; nil: none.
 	RDMA *RDMA
+	// Buffer has the payload, in the place of Data (Socket.Alloc). It is the caller's again if Send fails.
+	Buffer *SendBuf
+	// Notify asks for a Completion with Token when the peer has acknowledged the message, or it was cancelled. It is to Send
+	// what a zero-copy completion (RDS_CMSG_ZCOPY_COMPLETION) is to the kernel's sendmsg.
+	Notify bool
+	Token  uint64
 	// Cookie names a region of the sender's that the datagram hands out (RDS_CMSG_RDMA_DEST): of the sending socket's,
 	// or, in a received message, the peer's. 0: none.
 	Cookie Cookie
@@ -212,8 +218,8 @@ func (r *reading) wait(ctx context.Context) error {
 	}
 	if !r.spin.spun {
 		// What we wait for may be the answer to what we have not sent yet.
-		if d := s.last.Load(); d != nil {
-			d.link.Flush()
+		if f := s.last.Load(); f != nil {
+			f.link.Flush()
 		}
 	}
 	if r.spin.turn(s.svc.tr) {

@@ -37,8 +37,8 @@ func (s CompletionStatus) String() string {
 
 // Completion tells of the end of an operation: there is exactly one for each that asked for it.
 type Completion struct {
-	Token  uint64 // RDMA.Token
-	Op     RDMAOp
+	Token  uint64 // RDMA.Token, or Message.Token
+	Op     RDMAOp // 0: the message itself (Message.Notify)
 	Status CompletionStatus
 	Peer   netip.AddrPort // where the operation's datagram was to go
 }
@@ -149,6 +149,9 @@ func (c *completions) take() (what Completion, ok bool) {
 	}
 	return what, true
 }
+
+// errTooManyCompletions refuses to promise one more.
+var errTooManyCompletions = fmt.Errorf("%w: %d completions that were not read", ErrNoBufferSpace, maxCompletions)
 
 // park enters w unless there is something to read.
 func (c *completions) park(w *waiter) bool {

@@ -73,6 +73,9 @@ func (st *stack) Register(ctx context.Context, local netip.Addr, mem []byte, pag
 	return st.mgr.Register(ctx, local, mem, iova, access)
 }
 
+func (st *stack) Reserve(n int) (*conn.Buffer, error) { return st.mgr.Reserve(n) }
+func (st *stack) TraceReceive(on bool)                { st.mgr.TraceReceive(on) }
+
 func (st *stack) FlushMemory(ctx context.Context) error { return st.mgr.FlushMemory(ctx) }
 
 func (st *stack) SetCongested(local netip.Addr, port uint16, on bool) {

@@ -37,7 +37,7 @@ type peer struct {
 
 	queued atomic.Int64 // charge of its datagrams in receive queues
 
-	congWait waitq // writers that wait for a port of remote to clear
+	cong portWaits // for ports of remote to clear
 
 	plain atomic.Pointer[dest] // the dest of type of service 0
 	mu    sync.Mutex

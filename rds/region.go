@@ -130,7 +130,7 @@ func (s *Socket) sendMapped(ctx context.Context, m Message, mem []byte, opt Regi
 		return nil, s.opError("register", to, err)
 	}
 	m.Cookie = r.cookie
-	if err := s.send(ctx, m, wait); err != nil {
+	if err := s.send(ctx, &m, wait); err != nil {
 		r.free(true)
 		return nil, err
 	}

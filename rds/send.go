@@ -2,6 +2,7 @@ package rds
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -14,93 +15,53 @@ import (
 // MaxMessageSize is the longest datagram in bytes (rds-protocol spec 1.1).
 const MaxMessageSize = 1 << 20
 
-const (
-	// Socket.snd: messages in the upper bits, payload bytes in the lower.
-	sndShift = 40
-	sndMask  = 1<<sndShift - 1
-	sndOne   = 1 << sndShift
-
-	maxBuffer = 1 << 38
-	maxInt64  = 1<<63 - 1
-
-	// A message without payload costs memory as well: a send buffer holds at least minSendMsgs of them, and more
-	// only if it is large enough for as many of sndMsgBytes. Longer ones meet the limit on bytes first.
-	minSendMsgs = 1 << 16
-	sndMsgBytes = 64
+// What is in a write's way within the socket.
+var (
+	errFull  = errors.New("send buffer is full")
+	errShare = errors.New("destination's share of the send buffer is full")
 )
 
-// owner is a Socket as connections see it.
-type owner Socket
+// item is a datagram on its way to a connection that may have to wait.
+type item struct {
+	f       *flow
+	port    uint16      // at f's host
+	p       []byte      // payload
+	n       int         // its length, wherever it is
+	x       *conn.Extra // nil: nothing but a payload
+	notice  *notice     // nil: nobody wants to know how it ends
+	further bool        // there is another one behind it
+}
 
-func (o *owner) Released(msgs, bytes int) { (*Socket)(o).release(msgs, bytes) }
-
-func (s *Socket) owner() *owner { return (*owner)(s) }
-
-// release gives room in the send buffer back: the messages were acknowledged, or never will be.
-func (s *Socket) release(msgs, bytes int) {
-	v := s.snd.Add(-(uint64(msgs)<<sndShift + uint64(bytes)))
-	c := &s.svc.ctr
-	c.sendReleased.Add(uint64(msgs))
-	if v == 0 {
-		c.sendQueueEmpty.Add(1)
+func (it *item) offer() error {
+	var flags conn.SendFlags
+	if it.further {
+		flags = conn.More
 	}
-	// A writer is woken when it can do some work, not for each acknowledgement.
-	if !s.writers.empty() && s.roomy(v) {
-		s.writers.wakeOne()
+	var o conn.Owner = it.f
+	if it.notice != nil {
+		o, flags = it.notice, flags|conn.AckNow
 	}
+	return it.f.offer(o, it.port, it.p, it.n, flags, it.x)
 }
 
-// full reports whether the send buffer takes no more (rds-protocol spec 1.4 step 23: what counts is
-// what was queued before).
-func (s *Socket) full(v uint64) bool {
-	sndbuf := s.sndbuf.Load()
-	return int64(v&sndMask) >= sndbuf || int64(v>>sndShift) >= max(minSendMsgs, sndbuf/sndMsgBytes)
-}
-
-// roomy reports whether a quarter of the send buffer is free. It is true of an empty one.
-func (s *Socket) roomy(v uint64) bool {
-	sndbuf := s.sndbuf.Load()
-	return int64(v&sndMask) <= sndbuf/4*3 && int64(v>>sndShift) <= max(minSendMsgs, sndbuf/sndMsgBytes)/4*3
-}
-
-// offer queues a copy of p for port at d, with x if that is not nil, or says why it cannot now: ErrCongested or
-// ErrNoBufferSpace, which pass; any other error does not.
-func (s *Socket) offer(d *dest, port uint16, p []byte, x *conn.Extra) error {
-	if d.link.PeerCongested(port) {
+// offer queues a copy of p, or the n bytes that x has, for port, or says why it cannot now: ErrCongested, errFull, errShare
+// or conn.ErrNoMemory, which pass; any other error does not.
+func (f *flow) offer(o conn.Owner, port uint16, p []byte, n int, flags conn.SendFlags, x *conn.Extra) error {
+	if f.link.PeerCongested(port) {
 		return ErrCongested
 	}
-	delta := uint64(sndOne) | uint64(len(p))
-	var v uint64
-	for {
-		v = s.snd.Load()
-		if s.full(v) {
-			return ErrNoBufferSpace
-		}
-		if s.snd.CompareAndSwap(v, v+delta) {
-			break
-		}
-	}
-	// A buffer that has become half full, or full, wants an acknowledgement soon (rds-protocol spec 3.6). The
-	// kernel asks with every message above half.
-	var flags conn.SendFlags
-	before, after, sndbuf := int64(v&sndMask), int64((v+delta)&sndMask), s.sndbuf.Load()
-	if before < sndbuf/2 && after >= sndbuf/2 || after >= sndbuf {
-		flags = conn.AckNow
-	}
-	if err := d.link.SendExtra(s.owner(), s.port, port, p, flags, x); err != nil {
-		s.refund(delta)
+	delta := uint64(outOne) | uint64(n)
+	ask, err := f.charge(delta)
+	if err != nil {
 		return err
 	}
-	return nil
-}
-
-// refund takes back what an offer has charged and the connection did not take. Another write may have found the buffer
-// full because of it.
-func (s *Socket) refund(delta uint64) {
-	v := s.snd.Add(-delta)
-	if !s.writers.empty() && s.full(v+delta) && !s.full(v) {
-		s.writers.wakeOne()
+	if ask {
+		flags |= conn.AckNow
 	}
+	if err = f.link.SendExtra(o, f.s.port, port, p, flags, x); err != nil {
+		f.refund(delta)
+	}
+	return err
 }
 
 // refusal is why an offer was not taken, if it may be taken later.
@@ -109,14 +70,17 @@ type refusal uint8
 const (
 	final    refusal = iota // not that: the error is the write's
 	noRoom                  // the send buffer is full; acknowledgements make room
+	noShare                 // the destination's share of it is; acknowledgements of that peer make room
 	portFull                // the port is congested; the peer's map will tell when it is not
 	noMemory                // the connection has no memory. It is all sockets', so nobody tells when it has
 )
 
 func refusalOf(err error) refusal {
 	switch err {
-	case ErrNoBufferSpace:
+	case errFull:
 		return noRoom
+	case errShare:
+		return noShare
 	case ErrCongested:
 		return portFull
 	case conn.ErrNoMemory:
@@ -137,9 +101,9 @@ func finalError(err error) error {
 }
 
 // cause is what the caller of a write is told.
-func (r refusal) cause() error {
-	if r == portFull {
-		return ErrCongested
+func (it *item) cause(why refusal) error {
+	if why == portFull {
+		return &CongestedError{Dest: netip.AddrPortFrom(it.f.remote, it.port), d: &it.f.dest}
 	}
 	return ErrNoBufferSpace
 }
@@ -163,6 +127,32 @@ func (s *Socket) check(n int) error {
 	return nil
 }
 
+// route checks a write of n bytes to to, which is unmapped, with type of service tos, in the kernel's order (rds-protocol spec
+// 1.4 steps 3 to 10), and finds its flow.
+func (s *Socket) route(to netip.AddrPort, tos uint8, n int) (*flow, error) {
+	if !to.IsValid() {
+		return nil, ErrNotConnected
+	}
+	f := s.last.Load()
+	known := f != nil && f.remote == to.Addr() && f.tos == tos
+	if !known {
+		if err := checkDest(s.la.addr, to.Addr()); err != nil {
+			return nil, err
+		}
+	}
+	if err := s.check(n); err != nil {
+		return nil, err
+	}
+	if !known {
+		var err error
+		if f, err = s.flow(to.Addr(), tos); err != nil {
+			return nil, err
+		}
+		s.last.Store(f)
+	}
+	return f, nil
+}
+
 // WriteToAddrPort sends p as one datagram and returns len(p) when it is queued; p is the caller's again. It waits
 // while the destination port is congested or the send buffer is full, until the write deadline: then nothing was
 // sent, and the error matches os.ErrDeadlineExceeded and ErrCongested or ErrNoBufferSpace. A peer
@@ -170,14 +160,34 @@ func (s *Socket) check(n int) error {
 //
 // It does not allocate.
 func (s *Socket) WriteToAddrPort(p []byte, addr netip.AddrPort) (int, error) {
-	d := s.last.Load()
-	if d != nil && d.remote == addr.Addr() && uint32(d.tos) == s.tos.Load() &&
+	f := s.last.Load()
+	if f != nil && f.remote == addr.Addr() && uint32(f.tos) == s.tos.Load() &&
 		!s.closed.Load() && !s.wdl.expired.Load() &&
 		len(p) <= MaxMessageSize && int64(len(p)) <= s.sndbuf.Load() &&
-		s.offer(d, addr.Port(), p, nil) == nil {
+		f.offer(f, addr.Port(), p, len(p), 0, nil) == nil {
 		return len(p), nil
 	}
-	return s.write(context.Background(), p, addr, uint8(s.tos.Load()), nil, true)
+	return s.write(p, addr, true)
+}
+
+// TryWriteToAddrPort is WriteToAddrPort that never waits (MSG_DONTWAIT): the error matches ErrCongested or ErrNoBufferSpace
+// instead.
+func (s *Socket) TryWriteToAddrPort(p []byte, addr netip.AddrPort) (int, error) {
+	return s.write(p, addr, false)
+}
+
+// write is every write of mere bytes but the fast one.
+func (s *Socket) write(p []byte, to netip.AddrPort, wait bool) (int, error) {
+	to = unmap(to)
+	f, err := s.route(to, uint8(s.tos.Load()), len(p))
+	if err == nil {
+		it := item{f: f, port: to.Port(), p: p, n: len(p)}
+		err = it.put(context.Background(), wait)
+	}
+	if err != nil {
+		return 0, s.opError("write", to, err)
+	}
+	return len(p), nil
 }
 
 // WriteTo is WriteToAddrPort for a net.Addr: an Addr, or anything with a method AddrPort.
@@ -202,27 +212,40 @@ func (s *Socket) Write(p []byte) (int, error) {
 	return s.WriteToAddrPort(p, d.ap)
 }
 
-// Send sends m.Data to m.Peer, or to the default destination if that is zero, with m's type of service
+// Send sends m.Data, or m.Buffer, to m.Peer, or to the default destination if that is zero, with m's type of service
 // if it is not zero. It waits as WriteToAddrPort does, and until ctx is done, whichever is first.
 func (s *Socket) Send(ctx context.Context, m Message) error {
-	return s.send(ctx, m, true)
+	return s.send(ctx, &m, true)
 }
 
-// TrySend is Send that never waits: the error matches ErrCongested or ErrNoBufferSpace instead.
+// TrySend is Send that never waits (MSG_DONTWAIT): the error matches ErrCongested or ErrNoBufferSpace instead.
 func (s *Socket) TrySend(m Message) error {
-	return s.send(context.Background(), m, false)
+	return s.send(context.Background(), &m, false)
 }
 
-func (s *Socket) send(ctx context.Context, m Message, wait bool) error {
-	to, tos, err := s.destination(&m)
-	if err != nil {
-		return s.opError("write", to, err)
+func (s *Socket) send(ctx context.Context, m *Message, wait bool) error {
+	to, tos, err := s.destination(m)
+	if err == nil {
+		if err = s.sendTo(ctx, m, to, tos, wait); err == nil {
+			return nil
+		}
 	}
-	if m.RDMA != nil || m.Cookie != 0 {
-		return s.sendExtra(ctx, &m, to, tos, wait)
+	return s.opError("write", to, err)
+}
+
+// sendTo is send to a known destination. The order of the checks is the kernel's (rds-protocol spec 1.4).
+func (s *Socket) sendTo(ctx context.Context, m *Message, to netip.AddrPort, tos uint8, wait bool) (err error) {
+	it := item{port: to.Port(), p: m.Data, n: len(m.Data)}
+	if m.Buffer != nil {
+		it.n = m.Buffer.Len()
 	}
-	_, err = s.write(ctx, m.Data, to, tos, nil, wait)
-	return err
+	if it.f, err = s.route(to, tos, it.n); err != nil {
+		return err
+	}
+	if m.RDMA == nil && m.Cookie == 0 && m.Buffer == nil && !m.Notify {
+		return it.put(ctx, wait)
+	}
+	return s.sendExtra(ctx, m, &it, to, wait)
 }
 
 // destination is where m goes to.
@@ -241,86 +264,91 @@ func (s *Socket) destination(m *Message) (to netip.AddrPort, tos uint8, err erro
 	return to, tos, nil
 }
 
-// sendExtra is send for a message with an operation or a cookie.
-func (s *Socket) sendExtra(ctx context.Context, m *Message, to netip.AddrPort, tos uint8, wait bool) error {
-	if m.RDMA != nil && m.Cookie != 0 {
-		return s.opError("write", to, fmt.Errorf("%w: a cookie and an operation in one message", ErrInvalid))
+// sendExtra is the end of sendTo for a message with more than a payload.
+func (s *Socket) sendExtra(ctx context.Context, m *Message, it *item, to netip.AddrPort, wait bool) (err error) {
+	switch {
+	case m.RDMA != nil && m.Cookie != 0:
+		return fmt.Errorf("%w: a cookie and an operation in one message", ErrInvalid)
+	case m.Buffer != nil && m.Data != nil:
+		return fmt.Errorf("%w: Data and a Buffer in one message", ErrInvalid)
 	}
-	if m.RDMA == nil {
+	var o *operation
+	switch {
+	case m.RDMA != nil:
+		if o, err = s.operation(m.RDMA, to); err != nil {
+			return err
+		}
+		it.x = &o.extra
+	case m.Cookie != 0:
 		r, err := s.regionOf(m.Cookie)
 		if err != nil {
-			return s.opError("write", to, err)
+			return err
 		}
-		_, err = s.write(ctx, m.Data, to, tos, &conn.Extra{Cookie: uint64(r.cookie)}, wait)
-		return err
+		it.x = &conn.Extra{Cookie: uint64(r.cookie)}
 	}
-	o, err := s.operation(m.RDMA, to)
-	if err != nil {
-		return s.opError("write", to, err)
+	if m.Notify {
+		if !s.comp.promise() {
+			err = errTooManyCompletions
+		} else {
+			it.notice = &notice{f: it.f, what: Completion{Token: m.Token, Peer: to}}
+		}
 	}
-	if _, err = s.write(ctx, m.Data, to, tos, &o.extra, wait); err != nil {
+	if err == nil {
+		if m.Buffer == nil {
+			err = it.put(ctx, wait)
+		} else {
+			err = m.Buffer.put(ctx, it, wait)
+		}
+		if err != nil && m.Notify {
+			s.comp.breakPromise()
+		}
+	}
+	if err != nil && o != nil {
 		o.abort()
 	}
 	return err
 }
 
-// write is every write but the fast one. x may be nil.
-func (s *Socket) write(ctx context.Context, p []byte, to netip.AddrPort, tos uint8, x *conn.Extra, wait bool) (int, error) {
-	to = unmap(to)
-	if !to.IsValid() {
-		return 0, s.opError("write", to, ErrNotConnected)
+// put offers the item until it is taken, or there is a reason to give up.
+func (it *item) put(ctx context.Context, wait bool) error {
+	err := it.offer()
+	if err == nil {
+		return nil
 	}
-	// The order of the checks is the kernel's (rds-protocol spec 1.4).
-	d := s.last.Load()
-	if d == nil || d.remote != to.Addr() || d.tos != tos {
-		if err := checkDest(s.la.addr, to.Addr()); err != nil {
-			return 0, s.opError("write", to, err)
-		}
-	}
-	if err := s.check(len(p)); err != nil {
-		return 0, s.opError("write", to, err)
-	}
-	if d == nil || d.remote != to.Addr() || d.tos != tos {
-		var err error
-		if d, err = s.la.dest(to.Addr(), tos); err != nil {
-			return 0, s.opError("write", to, err)
-		}
-		s.last.Store(d)
-	}
-	err := s.offer(d, to.Port(), p, x)
-	if err != nil {
-		if err = s.offerAgain(ctx, d, to.Port(), p, x, err, wait); err != nil {
-			return 0, s.opError("write", to, err)
-		}
-	}
-	return len(p), nil
-}
-
-// offerAgain offers p until it is taken or there is a reason to give up. err is why it was not taken
-// the first time.
-func (s *Socket) offerAgain(ctx context.Context, d *dest, port uint16, p []byte, x *conn.Extra, err error, wait bool) error {
-	why := refusalOf(err)
+	s, why := it.f.s, refusalOf(err)
 	if why == final {
 		return finalError(err)
 	}
-	s.countRefusal(why, wait)
 	if !wait {
-		return why.cause()
+		if why == portFull && s.mon.on.Load() {
+			// Told when it clears, unless that has happened by now (rds-protocol spec 1.9).
+			s.mon.met(s, &it.f.peer.cong, it.port)
+			if err = it.offer(); err == nil {
+				return nil
+			}
+			if why = refusalOf(err); why == final {
+				return finalError(err)
+			}
+		}
+		s.countRefusal(why, wait)
+		return it.cause(why)
 	}
+	s.countRefusal(why, wait)
 
-	wr := writing{s: s, d: d, spin: spinner{hint: &s.writeHint}}
+	it.further = false // whoever waits wants what is behind it sent
+	wr := writing{s: s, f: it.f, port: it.port, spin: spinner{hint: &s.writeHint}}
 	defer wr.end()
 	for {
 		switch {
 		case s.closed.Load():
 			return ErrClosed
 		case s.wdl.expired.Load():
-			return deadlineFor(why.cause())
+			return deadlineFor(it.cause(why))
 		case ctx.Err() != nil:
-			return ctxError(ctx.Err(), why.cause())
+			return ctxError(ctx.Err(), it.cause(why))
 		}
 		wr.wait(ctx, why)
-		if err = s.offer(d, port, p, x); err == nil {
+		if err = it.offer(); err == nil {
 			wr.spin.done()
 			return nil
 		}
@@ -333,7 +361,7 @@ func (s *Socket) offerAgain(ctx context.Context, d *dest, port uint16, p []byte,
 func (s *Socket) countRefusal(why refusal, wait bool) {
 	c := &s.svc.ctr
 	switch {
-	case why == noRoom:
+	case why == noRoom || why == noShare:
 		c.sendQueueFull.Add(1)
 	case why == noMemory:
 		c.sendNoMemory.Add(1)
@@ -347,7 +375,8 @@ func (s *Socket) countRefusal(why refusal, wait bool) {
 // writing is a write that has to wait.
 type writing struct {
 	s    *Socket
-	d    *dest
+	f    *flow
+	port uint16
 	spin spinner
 	w    *waiter
 	in   refusal // the queue that w is in; final: none
@@ -368,7 +397,7 @@ func (wr *writing) wait(ctx context.Context, why refusal) {
 		return
 	case final:
 		if !wr.spin.spun {
-			wr.d.link.Flush() // acknowledgements come for what has been sent
+			wr.f.link.Flush() // acknowledgements come for what has been sent
 		}
 		if wr.spin.turn(s.svc.tr) {
 			return
@@ -383,11 +412,14 @@ func (wr *writing) wait(ctx context.Context, why refusal) {
 	switch why {
 	case noRoom:
 		s.writers.add(wr.w)
+	case noShare:
+		s.blocked.add(wr.w)
+		wr.f.writers.add(wr.w)
 	case portFull:
-		s.others.add(wr.w)
-		wr.d.peer.congWait.add(wr.w)
+		s.blocked.add(wr.w)
+		wr.f.peer.cong.add(wr.port, wr.w)
 	case noMemory:
-		s.others.add(wr.w)
+		s.blocked.add(wr.w)
 	}
 }
 
@@ -395,11 +427,14 @@ func (wr *writing) leave() {
 	switch wr.in {
 	case noRoom:
 		wr.s.writers.remove(wr.w)
+	case noShare:
+		wr.f.writers.remove(wr.w)
+		wr.s.blocked.remove(wr.w)
 	case portFull:
-		wr.d.peer.congWait.remove(wr.w)
-		wr.s.others.remove(wr.w)
+		wr.f.peer.cong.remove(wr.port, wr.w)
+		wr.s.blocked.remove(wr.w)
 	case noMemory:
-		wr.s.others.remove(wr.w)
+		wr.s.blocked.remove(wr.w)
 	}
 	wr.in = final
 }
@@ -411,8 +446,11 @@ func (wr *writing) end() {
 		s.waiters.put(wr.w)
 	}
 	// Whoever was woken for room passes the rest of it on, also when it gave up.
-	if !s.writers.empty() && !s.full(s.snd.Load()) {
+	if !s.writers.empty() && !s.full(s.unacked()) {
 		s.writers.wakeOne()
+	}
+	if !wr.f.writers.empty() && !s.fullShare(wr.f.out.Load()) {
+		wr.f.writers.wakeOne()
 	}
 }
 
@@ -427,8 +465,8 @@ func (s *Socket) Cancel(addr netip.AddrPort) (int, error) {
 		return 0, s.opError("cancel", addr, err)
 	}
 	n := 0
-	for _, d := range s.la.known(addr.Addr()) {
-		n += d.link.Cancel(s.owner(), int(addr.Port()))
+	for _, f := range s.flowsTo(addr.Addr()) {
+		n += f.link.Cancel(f, int(addr.Port()))
 	}
 	return n, nil
 }

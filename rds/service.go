@@ -21,6 +21,7 @@ type Service struct {
 
 	arena arena
 	msgs  sync.Pool // *Message
+	lent  loans
 	ops   sync.Pool // *operation
 	ctr   counters
 
@@ -219,6 +220,10 @@ func (svc *Service) Close() error {
 	for _, la := range locals {
 		la.endHold()
 	}
+	for _, p := range *svc.peers.Load() {
+		p.cong.clearAll()
+	}
+	err = errors.Join(err, svc.lent.err())
 	if abandoned > 0 {
 		err = errors.Join(&AbandonedError{Messages: abandoned}, err)
 	}

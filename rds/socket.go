@@ -7,8 +7,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
-
-	"github.com/openrds/openrds/conn"
 )
 
 // Socket is a bound port. It sends to and receives from every host. All methods may be called
@@ -26,15 +24,18 @@ type Socket struct {
 	done   chan struct{} // closed after it
 	wdl    deadline
 	sndbuf atomic.Int64
-	last   atomic.Pointer[dest]    // of the latest write
+	last   atomic.Pointer[flow]    // of the latest write
 	dflt   atomic.Pointer[defDest] // Connect's
 
 	_ [cacheLine]byte
 
-	// snd is what peers have not acknowledged: messages << sndShift | payload bytes. Writers add,
-	// completion handlers subtract.
-	snd     atomic.Uint64
-	writers waitq // wait for room in snd
+	// What peers have not acknowledged: flow.go. Writers add, completion handlers subtract.
+	first   flow
+	others  atomic.Uint64 // of all flows but the first
+	shared  atomic.Bool   // there is more than one flow
+	writers waitq         // wait for room in the send buffer
+	flowMu  sync.RWMutex
+	flows   map[netip.Addr]*flow // by host; guarded by flowMu
 
 	_ [cacheLine]byte
 
@@ -46,14 +47,16 @@ type Socket struct {
 
 	_ [cacheLine]byte
 
-	others    waitq // writers that wait for something else: a peer's port (and in its congWait too), memory
+	blocked   waitq // writers that wait for something else: a peer's port (and in its portWaits too), a flow's share (and in its writers too), memory
 	waiters   waiterPool
 	readHint  spinHint
 	writeHint spinHint
 	comp      completions
+	mon       congMonitor
 	recvErr   atomic.Bool
 	loans     atomic.Int64 // messages lent
 	lentBytes atomic.Int64 // blocks kept by loans
+	reserved  atomic.Int64 // bytes in SendBufs
 }
 
 // defDest is a default destination.
@@ -70,7 +73,6 @@ type source struct {
 var (
 	_ net.PacketConn = (*Socket)(nil)
 	_ net.Conn       = (*Socket)(nil)
-	_ conn.Owner     = (*owner)(nil)
 )
 
 func newSocket(svc *Service, la *localAddr) *Socket {
@@ -86,11 +88,12 @@ func newSocket(svc *Service, la *localAddr) *Socket {
 func (s *Socket) wakeReaders() {
 	s.q.readers.wakeAll()
 	s.comp.readers.wakeAll()
+	s.mon.readers.wakeAll()
 }
 
 func (s *Socket) wakeWriters() {
 	s.writers.wakeAll()
-	s.others.wakeAll()
+	s.blocked.wakeAll()
 }
 
 // Addr is the address the socket is bound to.
@@ -209,8 +212,8 @@ func (s *Socket) checkBuffer(bytes int) error {
 
 // Unacknowledged is how many messages and payload bytes of this socket wait for their peers.
 func (s *Socket) Unacknowledged() (msgs int, bytes int64) {
-	v := s.snd.Load()
-	return int(v >> sndShift), int64(v & sndMask)
+	v := s.unacked()
+	return int(v >> outShift), int64(v & outMask)
 }
 
 // Close unbinds the port. Whoever is blocked in the socket returns with ErrClosed; what was received and not read
@@ -232,8 +235,9 @@ func (s *Socket) Close() error {
 	s.wakeWriters()
 	// 3. What nobody read.
 	s.svc.ctr.recvDropDeadSock.Add(uint64(s.q.close()))
-	// 4. The port is not congested any more, and says so.
+	// 4. The port is not congested any more, and says so. What others do about theirs is of no interest any more.
 	s.updateCongestion()
+	s.mon.stop(s)
 	// 5. Peers may not touch the socket's memory any more. Operations of its own that are on their way keep theirs to
 	// their end.
 	s.closeRegions()
@@ -285,7 +289,7 @@ func (s *Socket) updateCongestion() {
 		q.congested.Store(want)
 		s.svc.tr.SetCongested(s.la.addr, s.port, want)
 		if !want {
-			s.la.wakeNearby()
+			s.la.clearNearby(s.port)
 		} else {
 			s.svc.ctr.congSet.Add(1)
 		}

@@ -840,7 +840,7 @@ func TestCloseStorm(t *testing.T) {
 			if q := p.queued.Load(); q != 0 {
 				t.Errorf("%d bytes accounted to %v with nothing queued", q, p.remote)
 			}
-			if !p.congWait.empty() {
+			if !p.cong.empty() {
 				t.Error("a writer still waits")
 			}
 		}

@@ -17,6 +17,10 @@ type transport interface {
 	Get(local, remote netip.Addr, tos uint8) (link, error)
 	// Register gives peers that connect to local a key to mem, or to paged if that is not nil. May wait.
 	Register(ctx context.Context, local netip.Addr, mem []byte, paged verbs.PagedMemory, iova uint64, access verbs.Access) (*conn.Mapping, error)
+	// Reserve is memory to send from.
+	Reserve(n int) (*conn.Buffer, error)
+	// TraceReceive switches stamps of arriving datagrams on, and off again when it was called as often with false.
+	TraceReceive(on bool)
 	// FlushMemory returns when memory that was released is its owners' again. May wait.
 	FlushMemory(ctx context.Context) error
 	// SetCongested sets or clears the bit of port in the map of local. It does not wait and may be called while a
