@@ -3,8 +3,6 @@
 package lab
 
 import (
-	"bytes"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"hash/crc32"
@@ -14,7 +12,6 @@ import (
 	"sync"
 	"testing"
 	"time"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -28,11 +25,15 @@ const (
 	optCongMonitor = 6
 
 	infoCounters   = 10000
+	infoConns      = 10001
 	infoConns6     = 10011
 	infoSendQueue6 = 10012
 	infoRetrans6   = 10013
+	infoRecvQueue6 = 10014
+	infoSockets6   = 10015
 
 	siocSetTOS = 0x89E0
+	siocGetTOS = 0x89E1
 )
 
 // afrdsMain is the program.
@@ -252,89 +253,6 @@ func (k *KernelRDS) Poll(a struct {
 	return err
 }
 
-// infoItems reads one of the RDS_INFO lists (rds-protocol spec 6.1).
-func (k *KernelRDS) infoItems(num int) ([][]byte, error) {
-	buf := make([]byte, 64<<10)
-	for {
-		length := uint32(len(buf))
-		size, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(k.info), solRDS, uintptr(num), uintptr(unsafe.Pointer(&buf[0])), uintptr(unsafe.Pointer(&length)), 0)
-		if errno == unix.ENOSPC {
-			buf = make([]byte, length+4096)
-			continue
-		}
-		if errno != 0 {
-			return nil, fmt.Errorf("RDS_INFO %d: %w", num, errno)
-		}
-		var items [][]byte
-		for b := buf[:length]; size > 0 && len(b) >= int(size); b = b[size:] {
-			items = append(items, b[:size])
-		}
-		return items, nil
-	}
-}
-
-// Counters are the kernel's counters by name.
-func (k *KernelRDS) Counters(_ struct{}, out *map[string]uint64) error {
-	items, err := k.infoItems(infoCounters)
-	if err != nil {
-		return err
-	}
-	*out = make(map[string]uint64)
-	for _, it := range items {
-		name, _, _ := bytes.Cut(it[:32], []byte{0})
-		(*out)[string(name)] = binary.NativeEndian.Uint64(it[32:])
-	}
-	return nil
-}
-
-// KernelConn is a connection as the kernel shows it.
-type KernelConn struct {
-	NextTX, NextRX uint64
-	Local, Remote  netip.Addr
-	Transport      string
-	Flags          uint8
-}
-
-// Connection flags.
-const (
-	connSending    = 1
-	connConnecting = 2
-	connUp         = 4
-)
-
-// Conns lists the connections.
-func (k *KernelRDS) Conns(_ struct{}, out *[]KernelConn) error {
-	items, err := k.infoItems(infoConns6)
-	if err != nil {
-		return err
-	}
-	for _, it := range items {
-		name, _, _ := bytes.Cut(it[48:64], []byte{0})
-		*out = append(*out, KernelConn{
-			NextTX: binary.NativeEndian.Uint64(it), NextRX: binary.NativeEndian.Uint64(it[8:]),
-			Local: netip.AddrFrom16([16]byte(it[16:32])).Unmap(), Remote: netip.AddrFrom16([16]byte(it[32:48])).Unmap(),
-			Transport: string(name), Flags: it[64],
-		})
-	}
-	return nil
-}
-
-// Queued counts the messages to remote that the kernel has on its send and retransmit queues.
-func (k *KernelRDS) Queued(remote netip.Addr, out *int) error {
-	for _, num := range []int{infoSendQueue6, infoRetrans6} {
-		items, err := k.infoItems(num)
-		if err != nil {
-			return err
-		}
-		for _, it := range items {
-			if netip.AddrFrom16([16]byte(it[28:44])).Unmap() == remote {
-				*out++
-			}
-		}
-	}
-	return nil
-}
-
 func sockaddr(ap netip.AddrPort) unix.Sockaddr {
 	if ap.Addr().Is4() {
 		return &unix.SockaddrInet4{Port: int(ap.Port()), Addr: ap.Addr().As4()}
@@ -403,22 +321,4 @@ func (k *kernelEnd) open(a OpenArgs) Opened {
 	var o Opened
 	k.must("Open", a, &o)
 	return o
-}
-
-func (k *kernelEnd) counters() (m map[string]uint64) {
-	k.t.Helper()
-	k.must("Counters", struct{}{}, &m)
-	return m
-}
-
-func (k *kernelEnd) conns() (c []KernelConn) {
-	k.t.Helper()
-	k.must("Conns", struct{}{}, &c)
-	return c
-}
-
-func (k *kernelEnd) queued(remote netip.Addr) (n int) {
-	k.t.Helper()
-	k.must("Queued", remote, &n)
-	return n
 }
