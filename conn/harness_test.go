@@ -220,6 +220,14 @@ func (s *testSink) take() []gotMsg {
 	return m
 }
 
+func (s *testSink) takeClear() []netip.AddrPort {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	c := s.clear
+	s.clear = nil
+	return c
+}
+
 func (s *testSink) reset() {
 	s.mu.Lock()
 	s.msgs, s.count = nil, 0
