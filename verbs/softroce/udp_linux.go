@@ -548,8 +548,10 @@ func (c *udpConn) ready(fd uintptr) bool {
 		var b [8]byte
 		switch int(e.Fd) {
 		case c.evfd:
-			c.woken.Store(false)
+			// In this order: a Wake between the two writes nothing, and we, who are about to return, see what it was for. The
+			// other way round it would write, we would read that away, and woken would stay set for ever.
 			unix.Read(c.evfd, b[:])
+			c.woken.Store(false)
 		case c.timer:
 			unix.Read(c.timer, b[:])
 			c.timerAt = time.Time{}
