@@ -211,6 +211,8 @@ type Config struct {
 	Incarnation   uint64
 	FirstSequence func() uint64
 
+	Seed uint64 // of random delays; 0: random
+
 	BackoffMin     time.Duration // 1 ms: first delay after a failed attempt (upper limit of the random delay)
 	BackoffMax     time.Duration // 1 s
 	ConnectTimeout time.Duration // 2 s: of one attempt

@@ -3,7 +3,6 @@ package conn
 import (
 	"context"
 	"errors"
-	"math/rand/v2"
 	"net/netip"
 	"time"
 
@@ -347,7 +346,7 @@ const (
 func (c *Conn) backOffLocked() {
 	cfg := &c.m.cfg
 	c.ctl.backoff = max(c.ctl.backoff, cfg.BackoffMin)
-	c.ctl.tryAt = time.Now().Add(rand.N(c.ctl.backoff))
+	c.ctl.tryAt = time.Now().Add(c.m.upTo(c.ctl.backoff))
 	c.ctl.backoff = min(2*c.ctl.backoff, cfg.BackoffMax)
 }
 

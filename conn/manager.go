@@ -2,9 +2,10 @@ package conn
 
 import (
 	"context"
-	"crypto/rand"
+	crand "crypto/rand"
 	"encoding/binary"
 	"errors"
+	"math/rand/v2"
 	"net/netip"
 	"slices"
 	"sync"
@@ -30,6 +31,9 @@ type Manager struct {
 	sendMem   memBudget
 	tracing   atomic.Int32 // TraceReceive, calls of
 	maxPieces int          // of an operation: what fits into the smaller ring
+
+	rngMu sync.Mutex
+	rng   *rand.Rand
 
 	mu       sync.RWMutex
 	byKey    map[key]*Conn
@@ -110,15 +114,26 @@ func NewManager(cfg Config) *Manager {
 		byKey: make(map[key]*Conn), peers: make(map[pair]*Peer), sites: make(map[netip.Addr]*site),
 		scratch: make(map[*ibdev.Device]*rxScratch), done: make(chan struct{}), ended: make(chan struct{}),
 	}
+	if cfg.Seed == 0 {
+		cfg.Seed = rand.Uint64()
+	}
+	m.rng = rand.New(rand.NewPCG(cfg.Seed, 0))
 	m.ctx, m.end = context.WithCancel(context.Background())
 	m.sendMem.limit = cfg.SendMemory
 	m.maxPieces = min(MaxRDMAPieces, ib.MaxOpSGE*(min(cfg.SendRing, cfg.KernelSendRing)-reservedSlots))
 	for m.inc == 0 {
 		var b [8]byte
-		_, _ = rand.Read(b[:]) // never fails
+		_, _ = crand.Read(b[:]) // never fails
 		m.inc = binary.LittleEndian.Uint64(b[:])
 	}
 	return m
+}
+
+// upTo is a random delay below most.
+func (m *Manager) upTo(most time.Duration) time.Duration {
+	m.rngMu.Lock()
+	defer m.rngMu.Unlock()
+	return time.Duration(m.rng.Int64N(int64(most)))
 }
 
 // Incarnation tells this Manager from others at the same addresses.

@@ -2,7 +2,6 @@ package conn
 
 import (
 	"context"
-	"math/rand/v2"
 	"net/netip"
 	"sync"
 	"time"
@@ -207,7 +206,7 @@ func (s *site) arrive(d *ibdev.Device) (bool, error) {
 	// All at once they would overrun the peers' and our own queues of requests.
 	now, spread := time.Now(), time.Duration(len(conns)+1)*reconnectSpread
 	for _, c := range conns {
-		c.deviceBack(now.Add(rand.N(spread)))
+		c.deviceBack(now.Add(m.upTo(spread)))
 	}
 	return true, nil
 }
