@@ -39,7 +39,7 @@ type recKind uint8
 const (
 	recInline recKind = iota
 	recExt
-	recCookie // recInline with a cookie behind the payload
+	recMeta // recInline with a meta behind the payload
 )
 
 type block struct {
@@ -114,26 +114,39 @@ func (r record) size() int {
 	switch r.kind {
 	case recInline:
 		return recSize(r.length)
-	case recCookie:
-		return recSize(r.length) + cookieLen
+	case recMeta:
+		return recSize(r.length) + metaLen
 	}
 	return recSize(0)
 }
 
-// cookieLen is the length of a cookie in a record.
-const cookieLen = 8
+// meta is what few datagrams have beside their payload.
+type meta struct {
+	cookie Cookie
+	// Stamps that the socket wants, 0 otherwise. In nanoseconds.
+	wall   int64 // when it was queued, since 1970
+	queued int64 // the same since Service.began
+	start  int64 // from its SEND to its header
+	queue  int64 // from its header to the queue
+}
 
-// putCookie is put for a datagram with a cookie, for which there is room behind it.
-func (b *block) putCookie(m *conn.Incoming, from source32) []byte {
-	p := b.put(m, from, recCookie, m.Len)
-	binary.NativeEndian.PutUint64(b.buf[b.w:], m.Ext.Cookie)
-	b.w += cookieLen
+const metaLen = 40
+
+// putMeta is put for a datagram with a meta, for which there is room behind it.
+func (b *block) putMeta(m *conn.Incoming, from source32, mt *meta) []byte {
+	p := b.put(m, from, recMeta, m.Len)
+	for i, v := range [...]int64{int64(mt.cookie), mt.wall, mt.queued, mt.start, mt.queue} {
+		binary.NativeEndian.PutUint64(b.buf[b.w+8*i:], uint64(v))
+	}
+	b.w += metaLen
 	return p
 }
 
-// cookie is that of a recCookie.
-func (b *block) cookie(r record) Cookie {
-	return Cookie(binary.NativeEndian.Uint64(b.buf[r.off-recHeader+recSize(r.length):]))
+// meta is that of a recMeta.
+func (b *block) meta(r record) meta {
+	p := b.buf[r.off-recHeader+recSize(r.length):]
+	at := func(i int) int64 { return int64(binary.NativeEndian.Uint64(p[8*i:])) }
+	return meta{Cookie(at(0)), at(1), at(2), at(3), at(4)}
 }
 
 // take consumes r, which head returned, and gives its extMsg if it has one.
@@ -205,7 +218,7 @@ type piece struct {
 type extMsg struct {
 	pieces []piece
 	pinned int64 // what it counts in *owner
-	cookie Cookie
+	meta   meta
 	owner  *atomic.Int64 // bytes of receive buffers that the queue or its loans keep
 }
 
@@ -229,7 +242,7 @@ func (a *arena) putExt(x *extMsg) {
 	if x.pinned != 0 {
 		x.owner.Add(-x.pinned)
 	}
-	x.pinned, x.owner, x.cookie = 0, nil, 0
+	x.pinned, x.owner, x.meta = 0, nil, meta{}
 	a.exts.Put(x)
 }
 

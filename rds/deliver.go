@@ -149,11 +149,11 @@ func (svc *Service) deliver(p *peer, tos uint8, msgs []conn.Incoming, limit int6
 			svc.ctr.recvPeerLimit.Add(1)
 			break
 		}
-		if m.Ext == nil {
+		if m.Ext == nil && q.stamps == 0 {
 			q.pushLocked(from, m)
 		} else {
 			q.pushExtLocked(from, m)
-			if m.Ext.HasUsed {
+			if m.Ext != nil && m.Ext.HasUsed {
 				used = append(used, usedKey{r.s, uint32(m.Ext.Used)})
 			}
 		}

@@ -33,6 +33,11 @@ var (
 	// ErrNotSupported: what was asked for cannot be done here (EOPNOTSUPP).
 	ErrNotSupported error = &condition{"not supported", syscall.EOPNOTSUPP}
 
+	// ErrWouldBlock: there is nothing to read, and the call does not wait (EAGAIN).
+	ErrWouldBlock error = &condition{"nothing to read", syscall.EAGAIN}
+	// ErrNoTransport: what was asked for to carry the datagrams is not there (ENOPROTOOPT).
+	ErrNoTransport error = &condition{"no such transport", syscall.ENOPROTOOPT}
+
 	// ErrRegionTooLarge: a region or an operation of more than 1 MiB, or of too many pieces (EMSGSIZE).
 	ErrRegionTooLarge error = &condition{"region too large", syscall.EMSGSIZE}
 	// ErrStaleCookie: the cookie names no region of this socket, or the region was freed (EINVAL).

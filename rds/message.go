@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"time"
 )
 
 // Message is a datagram to send, or one that was received and is lent.
@@ -14,7 +15,7 @@ type Message struct {
 	// Data is the payload to send; nobody keeps it after Send has returned. In a received message
 	// it is set if the payload arrived in one piece; Bytes works always.
 	Data []byte
-	// TypeOfService of a message to send; 0 is the socket's.
+	// TypeOfService is the connection that a message takes, or took; 0 in one to send is the socket's.
 	TypeOfService uint8
 	// RDMA is an operation to execute before the datagram; nil: none.
 	RDMA *RDMA
@@ -28,16 +29,32 @@ type Message struct {
 	// or, in a received message, the peer's. 0: none.
 	Cookie Cookie
 
+	// Time is when a received message was queued at the socket (SO_TIMESTAMP); zero unless SetTimestamps is on.
+	Time time.Time
+	// Latency is what became of the time until then, and since (RDS_CMSG_RXPATH_LATENCY); zero unless SetReceiveLatency is on.
+	Latency ReceiveLatency
+
 	// Of a received message.
 	length int
+	loan   *loan
 	sock   *Socket // lender; nil once released
 	blk    *block  // holds Data, if not nil
 	ext    *extMsg // holds the pieces, if not nil
 }
 
+// ReceiveLatency is where a message was on its way from the device to the application.
+type ReceiveLatency struct {
+	HeaderToStart     time.Duration // from its SEND's completion to the message's turn in it (RDS_MSG_RX_HDR_TO_DGRAM_START)
+	StartToQueued     time.Duration // until it was whole and queued at the socket (RDS_MSG_RX_DGRAM_REASSEMBLE)
+	QueuedToDelivered time.Duration // until Receive took it (RDS_MSG_RX_DGRAM_DELIVERED)
+}
+
 // Len is the length of the payload in bytes.
 func (m *Message) Len() int {
 	if m.sock == nil {
+		if m.Buffer != nil {
+			return m.Buffer.Len()
+		}
 		return len(m.Data)
 	}
 	return m.length
@@ -78,6 +95,7 @@ func (m *Message) Release() {
 	if m.ext != nil {
 		s.svc.arena.putExt(m.ext)
 	}
+	s.svc.lent.remove(m.loan)
 	*m = Message{}
 	s.loans.Add(-1)
 	s.svc.msgs.Put(m)
@@ -138,12 +156,14 @@ func (s *Socket) tryReceive() *Message {
 	}
 	r := b.head()
 	peer := s.svc.peerAt(r.peer)
-	m.sock, m.length, m.Peer = s, r.length, netip.AddrPortFrom(peer.remote, r.port)
-	if r.kind == recCookie {
-		m.Cookie = b.cookie(r)
+	m.sock, m.length, m.Peer, m.TypeOfService = s, r.length, netip.AddrPortFrom(peer.remote, r.port), r.tos
+	if r.kind == recMeta {
+		m.setMeta(b.meta(r))
 	}
 	if m.ext = b.take(r); m.ext != nil {
-		m.Cookie = m.ext.cookie
+		if m.ext.meta != (meta{}) {
+			m.setMeta(m.ext.meta)
+		}
 		if len(m.ext.pieces) == 1 {
 			m.Data = m.ext.pieces[0].data
 		}
@@ -153,7 +173,19 @@ func (s *Socket) tryReceive() *Message {
 	q.countLocked(peer, r.length, 0)
 	s.loans.Add(1)
 	s.unlockRead()
+	m.loan = s.svc.lent.add("Message")
 	return m
+}
+
+// setMeta is given to messages that are not mere payload.
+func (m *Message) setMeta(mt meta) {
+	m.Cookie = mt.cookie
+	if mt.wall != 0 {
+		m.Time = time.Unix(0, mt.wall)
+	}
+	if mt.queued != 0 {
+		m.Latency = ReceiveLatency{time.Duration(mt.start), time.Duration(mt.queue), time.Since(m.sock.svc.began) + 1 - time.Duration(mt.queued)}
+	}
 }
 
 // lendLocked makes data, which lies in b, m's. A loan keeps the whole block, so when the socket's
@@ -344,6 +376,21 @@ func (s *Socket) Receive(ctx context.Context) (*Message, error) {
 	rd.end(err == nil)
 	if err != nil {
 		return nil, s.opError("read", netip.AddrPort{}, err)
+	}
+	return m, nil
+}
+
+// TryReceive is Receive that never waits (MSG_DONTWAIT): the error matches ErrWouldBlock if there is nothing to receive.
+func (s *Socket) TryReceive() (*Message, error) {
+	if err := s.readErr(); err != nil {
+		return nil, s.opError("read", netip.AddrPort{}, err)
+	}
+	m := s.tryReceive()
+	if m == nil && s.svc.tr.Progress() {
+		m = s.tryReceive()
+	}
+	if m == nil {
+		return nil, s.wouldBlock()
 	}
 	return m, nil
 }

@@ -3,6 +3,7 @@ package rds
 import (
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/openrds/openrds/conn"
 )
@@ -28,6 +29,7 @@ type recvq struct {
 	spare   *block        // empty; guarded by inMu
 	lastBuf *conn.RecvBuf // of the last datagram that was referred to; guarded by inMu
 	closed  bool          // guarded by inMu
+	stamps  stamps        // what datagrams get; guarded by inMu
 
 	_ [cacheLine]byte
 
@@ -64,26 +66,58 @@ func chargeOf(n int) int64 { return int64(n) + recHeader }
 // pushLocked appends m. The caller holds inMu and accounts for it.
 func (q *recvq) pushLocked(from source32, m *conn.Incoming) {
 	if m.Len > copyMax {
-		q.pushLongLocked(from, m)
+		q.pushLongLocked(from, m, meta{})
 		return
 	}
 	copyIn(q.roomLocked(m.Len).put(m, from, recInline, m.Len), m)
 }
 
-// pushExtLocked is pushLocked for a datagram with extensions.
+// pushExtLocked is pushLocked for a datagram with extensions, or for a socket that wants stamps.
 func (q *recvq) pushExtLocked(from source32, m *conn.Incoming) {
-	if m.Ext.Cookie != 0 && m.Len <= copyMax {
-		copyIn(q.roomLocked(m.Len+recAlign+cookieLen).putCookie(m, from), m)
-		return
+	mt, has := q.metaLocked(m)
+	switch {
+	case !has:
+		q.pushLocked(from, m)
+	case m.Len <= copyMax:
+		copyIn(q.roomLocked(m.Len+recAlign+metaLen).putMeta(m, from, &mt), m)
+	default:
+		q.pushLongLocked(from, m, mt)
 	}
-	q.pushLocked(from, m)
 }
 
-func (q *recvq) pushLongLocked(from source32, m *conn.Incoming) {
-	cookie := m.Ext != nil && m.Ext.Cookie != 0
+// stamps are the times that datagrams get as they are queued.
+type stamps uint8
+
+const (
+	stampTime    stamps = 1 << iota // SO_TIMESTAMP
+	stampLatency                    // SO_RDS_MSG_RXPATH_LATENCY
+)
+
+// metaLocked is what m has beside its payload. has: anything.
+func (q *recvq) metaLocked(m *conn.Incoming) (mt meta, has bool) {
+	if m.Ext != nil {
+		mt.cookie = Cookie(m.Ext.Cookie)
+	}
+	if q.stamps == 0 {
+		return mt, mt.cookie != 0
+	}
+	now := time.Now()
+	if q.stamps&stampTime != 0 {
+		mt.wall = now.UnixNano()
+	}
+	if q.stamps&stampLatency != 0 {
+		mt.queued = int64(now.Sub(q.svc.began)) + 1
+		if x := m.Ext; x != nil && !x.Seen.IsZero() {
+			mt.start, mt.queue = int64(x.Start.Sub(x.Seen)), int64(now.Sub(x.Start))
+		}
+	}
+	return mt, true
+}
+
+func (q *recvq) pushLongLocked(from source32, m *conn.Incoming, mt meta) {
 	cost := q.pinCostLocked(m)
 	refer := cost >= 0 && q.pinned.Load()+cost <= q.pinLimit.Load()
-	if !refer && !cookie && m.Len <= inlineMax {
+	if !refer && mt == (meta{}) && m.Len <= inlineMax {
 		copyIn(q.roomLocked(m.Len).put(m, from, recInline, m.Len), m)
 		return
 	}
@@ -96,9 +130,7 @@ func (q *recvq) pushLongLocked(from source32, m *conn.Incoming) {
 	} else {
 		x.copyFrom(&q.svc.arena, m)
 	}
-	if cookie {
-		x.cookie = Cookie(m.Ext.Cookie)
-	}
+	x.meta = mt
 	b := q.roomLocked(0)
 	b.put(m, from, recExt, 0)
 	b.ext = append(b.ext, x)

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/hashicorp/go-hclog"
 )
@@ -15,9 +16,10 @@ import (
 // process share nothing. An address of the host belongs to one Service, from its first bind there
 // until Close.
 type Service struct {
-	cfg Config
-	log hclog.Logger
-	tr  transport
+	cfg   Config
+	log   hclog.Logger
+	tr    transport
+	began time.Time // what stamps count from
 
 	arena arena
 	msgs  sync.Pool // *Message
@@ -49,7 +51,7 @@ func Open(cfg Config) (*Service, error) {
 
 // newService is a Service without a transport.
 func newService(cfg Config) *Service {
-	svc := &Service{cfg: cfg.withDefaults()}
+	svc := &Service{cfg: cfg.withDefaults(), began: time.Now()}
 	svc.log = svc.cfg.Logger
 	svc.locals.Store(&map[netip.Addr]*localAddr{})
 	svc.peers.Store(new([]*peer))

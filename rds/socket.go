@@ -57,6 +57,7 @@ type Socket struct {
 	loans     atomic.Int64 // messages lent
 	lentBytes atomic.Int64 // blocks kept by loans
 	reserved  atomic.Int64 // bytes in SendBufs
+	again     atomic.Pointer[OpError]
 }
 
 // defDest is a default destination.
@@ -139,10 +140,6 @@ func (s *Socket) ConnectAddrPort(addr netip.AddrPort) error {
 	s.dflt.Store(&defDest{ap: addr})
 	return nil
 }
-
-// SetTypeOfService chooses the connection on which writes travel: each type of service of a pair of hosts has its
-// own, with no order between them. The default is 0. Messages can choose for themselves.
-func (s *Socket) SetTypeOfService(tos uint8) { s.tos.Store(uint32(tos)) }
 
 // SetDeadline sets both deadlines.
 func (s *Socket) SetDeadline(t time.Time) error {
@@ -235,6 +232,7 @@ func (s *Socket) Close() error {
 	s.wakeWriters()
 	// 3. What nobody read.
 	s.svc.ctr.recvDropDeadSock.Add(uint64(s.q.close()))
+	s.stopStamps()
 	// 4. The port is not congested any more, and says so. What others do about theirs is of no interest any more.
 	s.updateCongestion()
 	s.mon.stop(s)

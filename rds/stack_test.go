@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"runtime"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -644,9 +645,22 @@ func TestStackIPv6AndTypesOfService(t *testing.T) {
 			}
 			wantRead(t, b, []byte{tos}, a.AddrPort())
 		}
-		a.SetTypeOfService(2)
-		mustWrite(t, a, []byte("2"), b.AddrPort())
-		wantRead(t, b, []byte("2"), a.AddrPort())
+		if err := a.SetTypeOfService(2); !errors.Is(err, syscall.EINVAL) {
+			t.Errorf("type of service of a socket that has sent: %v", err)
+		}
+		a2 := bind(t, sa, netip.AddrPortFrom(a.AddrPort().Addr(), 0))
+		if err := a2.SetTypeOfService(2); err != nil || a2.TypeOfService() != 2 {
+			t.Errorf("type of service is %d, %v", a2.TypeOfService(), err)
+		}
+		if err := a2.SetTypeOfService(2); !errors.Is(err, syscall.EINVAL) {
+			t.Errorf("type of service set twice: %v", err)
+		}
+		mustWrite(t, a2, []byte("2"), b.AddrPort())
+		m, err := b.Receive(t.Context())
+		if err != nil || string(m.Bytes()) != "2" || m.TypeOfService != 2 {
+			t.Fatalf("%+v, %v", m, err)
+		}
+		m.Release()
 		if n := sa.Stats().Conn.Conns; n != 3 {
 			t.Errorf("%d connections, want one for each of 3 types of service", n)
 		}

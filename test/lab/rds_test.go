@@ -225,8 +225,8 @@ func TestRDSDuel(t *testing.T) {
 	f := freshHost(t, g, ipv4)
 	k := newKernelEnd(t, g)
 	svc := service(t)
-	s := listen(t, svc, addrPort(f.host, 4003))
 	for i := range 10 {
+		s := listen(t, svc, addrPort(f.host, uint16(4100+i)))
 		tos := uint8(50 + i)
 		ks := k.open(OpenArgs{Local: addrPort(f.guest, 0), TOS: tos})
 		s.SetTypeOfService(tos)
@@ -365,8 +365,8 @@ func TestRDSFlowControl(t *testing.T) {
 	f := freshHost(t, g, ipv4)
 	k := newKernelEnd(t, g)
 	svc := service(t)
-	s := listen(t, svc, addrPort(f.host, 4007))
 	for i, on := range []string{"1", "0"} {
+		s := listen(t, svc, addrPort(f.host, uint16(4120+i)))
 		g.Sysctl(t, "net.rds.ib.flow_control", on)
 		tos := uint8(70 + i)
 		s.SetTypeOfService(tos)
