@@ -20,6 +20,7 @@ type client struct {
 	transports *transports
 	params     params
 	progress   progress
+	reporter   reporter // hears of intervals as they end
 }
 
 // dialClient connects to the server's control address. local is the address to use on this host; the
@@ -34,7 +35,7 @@ func dialClient(ctx context.Context, server netip.AddrPort, local netip.Addr, p 
 		return nil, err
 	}
 	conn := newControlConn(nc)
-	c := &client{conn: conn, transports: newTransports(open, conn.localAddr(), p.RDS), params: p, progress: pr}
+	c := &client{conn: conn, transports: newTransports(open, conn.localAddr(), p.RDS), params: p, progress: pr, reporter: noReporter{}}
 	if _, err := c.ask(request{Op: opHello, Version: controlVersion, RDS: &p.RDS}); err != nil {
 		nc.Close()
 		return nil, err
@@ -83,6 +84,9 @@ func (c *client) measure(ctx context.Context, specs []spec) ([]result, error) {
 		r, err := c.run(ctx, s)
 		if r != nil {
 			out = append(out, *r)
+			if rerr := c.reporter.run(r); err == nil {
+				err = rerr
+			}
 		}
 		if err != nil && ctx.Err() == nil {
 			return out, err
@@ -120,6 +124,7 @@ func (c *client) run(ctx context.Context, s spec) (r *result, err error) {
 		return nil, errors.Join(err, c.end())
 	}
 	side := newSide(s, true, ep)
+	side.parts = c.params.Interval > 0
 	defer func() {
 		// Ours first: the server's close may wait for what we hold.
 		if cerr := errors.Join(side.close(), c.end()); err == nil {
@@ -151,7 +156,9 @@ func (c *client) run(ctx context.Context, s spec) (r *result, err error) {
 		return nil, err
 	}
 	side.start()
-	c.pause(ctx, side, c.params.Warmup)
+	if err := c.pause(ctx, side, c.params.Warmup, nil); err != nil {
+		return nil, err
+	}
 
 	// 4. The measured interval, unless it would be too short to say anything.
 	if ctx.Err() == nil {
@@ -159,13 +166,17 @@ func (c *client) run(ctx context.Context, s spec) (r *result, err error) {
 			return nil, err
 		}
 		mine := side.mark(true)
-		c.pause(ctx, side, c.params.Duration)
+		sam := &sampler{c: c, side: side, start: mine.at, last: mine}
+		if err := c.pause(ctx, side, c.params.Duration, sam); err != nil {
+			return nil, err
+		}
 		res, err = c.ask(request{Op: opMark})
 		if err != nil {
 			return nil, err
 		}
 		if d := side.mark(false).since(mine); ctx.Err() == nil || d.Seconds >= minInterval.Seconds() {
 			r = newResult(s, d, *res.Delta)
+			r.Intervals = sam.intervals
 		}
 	}
 
@@ -179,6 +190,9 @@ func (c *client) run(ctx context.Context, s spec) (r *result, err error) {
 	if r != nil {
 		r.Verified = s.Verify
 		r.setRoundTrips(side.roundTrips())
+		if s.Test == testLoad {
+			r.LateSeconds = percentilesOf(side.lateness())
+		}
 	}
 	return r, nil
 }
@@ -201,26 +215,67 @@ func (c *client) end() error {
 	return err
 }
 
-// pause lets the load run for d, or until something ends it.
-func (c *client) pause(ctx context.Context, s *side, d time.Duration) {
+// A sampler measures the parts of the measured interval that --interval asks for.
+type sampler struct {
+	c         *client
+	side      *side
+	start     time.Time
+	last      snapshot
+	intervals []interval
+}
+
+// sample ends a part.
+func (sm *sampler) sample() error {
+	res, err := sm.c.ask(request{Op: opSample})
+	if err != nil {
+		return err
+	}
+	sn := sm.side.snapshot()
+	r := newResult(sm.side.spec, sn.since(sm.last), *res.Delta)
+	iv := interval{
+		BeginSeconds: sm.last.at.Sub(sm.start).Seconds(), EndSeconds: sn.at.Sub(sm.start).Seconds(),
+		MessagesPerSecond: r.MessagesPerSecond, BytesPerSecond: r.BytesPerSecond, RTTSeconds: percentilesOf(sm.side.partRoundTrips()),
+		CPUSeconds: r.CPUSeconds, Retransmits: r.Retransmits, Drops: r.Drops, Removals: r.Removals,
+	}
+	sm.last = sn
+	sm.intervals = append(sm.intervals, iv)
+	return sm.c.reporter.interval(r, &iv)
+}
+
+// pause lets the load run for d, or until something ends it. With a sampler it samples all the while.
+func (c *client) pause(ctx context.Context, s *side, d time.Duration, sm *sampler) error {
 	const step = 100 * time.Millisecond
-	end := time.Now().Add(d)
-	t := time.NewTimer(min(step, d))
+	every := c.params.Interval
+	if sm == nil || every == 0 {
+		sm, every = nil, 2*d+step // none
+	}
+	begin := time.Now()
+	next := every
+	t := time.NewTimer(min(step, every, d))
 	defer t.Stop()
 	for {
 		select {
 		case <-ctx.Done():
-			return
+			return nil
 		case <-s.failed:
-			return
+			return nil
 		case <-t.C:
 		}
-		left := time.Until(end)
-		c.progress.advance(d - max(left, 0))
-		if left <= 0 {
-			return
+		elapsed := time.Since(begin)
+		c.progress.advance(min(elapsed, d))
+		// A remainder of less than half an interval is not a part of its own.
+		if sm != nil && (elapsed >= next || elapsed >= d && elapsed-(next-every) >= every/2) {
+			if err := sm.sample(); err != nil {
+				return err
+			}
+			for next <= elapsed {
+				next += every
+			}
 		}
-		t.Reset(min(step, left))
+		if elapsed = time.Since(begin); elapsed >= d {
+			return nil
+		}
+		t.Reset(max(0, min(step, d-elapsed, next-elapsed)))
 	}
 }
 
@@ -233,6 +288,9 @@ func newResult(s spec, client, server delta) *result {
 		Size:        s.Size,
 		RDMA:        s.RDMA,
 		RDMASize:    s.RDMASize,
+		Round:       s.Round,
+		seconds:     client.Seconds,
+		Offered:     s.Rate,
 		Removals:    client.Removals + server.Removals,
 		RDMAFailed:  client.Failed + server.Failed,
 		CPUSeconds:  client.CPUSeconds + server.CPUSeconds,
@@ -241,24 +299,40 @@ func newResult(s spec, client, server delta) *result {
 		cores:       client.CPUSeconds/client.Seconds + server.CPUSeconds/server.Seconds,
 	}
 	switch {
-	case s.Test == testRTT:
+	case client.Seconds <= 0 || server.Seconds <= 0:
+		r.cores = 0 // a clock that did not move
+	case s.Test != testThroughput:
 		r.MessagesPerSecond = float64(client.Messages) / client.Seconds
 	case s.Bidir:
 		r.MessagesPerSecond = float64(client.Messages)/client.Seconds + float64(server.Messages)/server.Seconds
 	default:
 		r.MessagesPerSecond = float64(server.Messages) / server.Seconds
 	}
+	r.Messages = uint64(r.MessagesPerSecond*client.Seconds + 0.5)
 	r.BytesPerSecond = r.MessagesPerSecond * float64(s.Size+s.RDMASize)
 	return r
 }
 
-// setRoundTrips takes the percentiles out of h, which is nil for a throughput run.
+// setRoundTrips takes what h says, which is nil for a throughput run.
 func (r *result) setRoundTrips(h *hdrhistogram.Histogram) {
-	if h == nil || h.TotalCount() == 0 {
+	if r.RTTSeconds = percentilesOf(h); r.RTTSeconds == nil {
 		return
 	}
-	at := func(percent float64) float64 {
-		return (time.Duration(h.ValueAtPercentile(percent)) * time.Nanosecond).Seconds()
+	r.times = h
+	if b, err := h.Encode(hdrhistogram.V2CompressedEncodingCookieBase); err == nil {
+		r.Histogram = string(b) // in base64
 	}
-	r.RTTSeconds = &percentiles{P50: at(50), P99: at(99), P999: at(99.9)}
+}
+
+// percentilesOf is nil if h is, or empty.
+func percentilesOf(h *hdrhistogram.Histogram) *percentiles {
+	if h == nil || h.TotalCount() == 0 {
+		return nil
+	}
+	seconds := func(ns int64) float64 { return time.Duration(ns).Seconds() }
+	at := func(percent float64) float64 { return seconds(h.ValueAtPercentile(percent)) }
+	return &percentiles{
+		P50: at(50), P99: at(99), P999: at(99.9),
+		P90: at(90), P9999: at(99.99), Min: seconds(h.Min()), Max: seconds(h.Max()), Mean: h.Mean() / 1e9, Count: h.TotalCount(),
+	}
 }

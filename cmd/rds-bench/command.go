@@ -8,9 +8,9 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
-	"time"
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/spf13/cobra"
@@ -38,10 +38,15 @@ const (
 
 // clientFlags are the flags of a measurement, local or between two hosts.
 type clientFlags struct {
-	params  params
-	json    bool
-	addr    string
-	profile string
+	params     params
+	format     string
+	json       bool
+	histograms bool
+	intervals  bool // --interval was given
+	report     string
+	failIf     thresholds
+	addr       string
+	profile    string
 }
 
 func (f *clientFlags) register(cmd *cobra.Command) {
@@ -49,8 +54,8 @@ func (f *clientFlags) register(cmd *cobra.Command) {
 	p := &f.params
 	fl := cmd.Flags()
 	fl.Var(sizesValue{&p.Sizes}, "sizes", "bytes per datagram, with units: 64,4KiB,1MiB")
-	fl.StringSliceVar(&p.Tests, "tests", p.Tests, "what to measure: throughput, rtt")
-	fl.Var(compareValue{&p.Compare}, "compare", "baselines to measure beside it: tcp, udp, none")
+	fl.StringSliceVar(&p.Tests, "tests", p.Tests, "what to measure: throughput, rtt, load (see --rate)")
+	fl.Var(compareValue{&p.Compare}, "compare", "baselines to measure beside it: tcp, udp, quic, none; with --rdma also rds, for datagrams")
 	fl.IntVar(&p.Sockets, "sockets", p.Sockets, "sockets on each side, each with one peer socket")
 	fl.IntVar(&p.Depth, "depth", p.Depth, "datagrams in flight per socket, 0: as many as the send buffer takes")
 	fl.DurationVar(&p.Duration, "duration", p.Duration, "measured interval of each run")
@@ -66,14 +71,36 @@ func (f *clientFlags) register(cmd *cobra.Command) {
 	fl.StringVar(&p.RDS.Dialect, "dialect", p.RDS.Dialect, "what to speak to the peer: open (ours) or kernel (Linux's)")
 	fl.Uint16Var(&p.RDS.Port, "roce-port", p.RDS.Port, "UDP port of RoCEv2 on both sides")
 	fl.Uint64Var(&p.Seed, "seed", p.Seed, "seed of the content")
-	fl.BoolVar(&f.json, "json", false, "print one JSON object instead of the table")
+	fl.Var(ratesValue{&p.Rates}, "rate", "load at these rates, in datagrams per second over all sockets, with units: 500,20k,1.5M; each is answered, and timed from when it was due")
+	fl.DurationVar(&p.Interval, "interval", 0, "report parts of each run, this long (0: none, or twenty with --report)")
+	fl.IntVar(&p.Count, "count", p.Count, "measure everything so many times")
+	fl.StringVar(&f.format, "format", formatText, "what to print: "+strings.Join(formats, ", "))
+	fl.BoolVar(&f.json, "json", false, "as --format json: one JSON object instead of the table")
+	fl.BoolVar(&f.histograms, "histogram", false, "print the distributions of round-trip times below the table")
+	fl.StringVar(&f.report, "report", "", "write an HTML report with plots to this file")
+	fl.Var(thresholdsValue{&f.failIf}, "fail-if", "exit with 3 if this is true of a run, as in 'p99>50us' or '4KiB/rtt: p50 >= 20us'; may be repeated")
 	fl.StringVar(&f.profile, "cpuprofile", "", "write CPU profiles of the measured processes to this file, .client and .server appended")
 }
 
 // settle completes the parameters and says what is wrong with them.
 func (f *clientFlags) settle(cmd *cobra.Command) error {
 	f.params.settle(cmd.Flags().Changed)
-	return f.params.validate()
+	if f.json {
+		if cmd.Flags().Changed("format") && f.format != formatJSON {
+			return errors.New("--json and --format " + f.format)
+		}
+		f.format = formatJSON
+	}
+	if !slices.Contains(formats, f.format) {
+		return fmt.Errorf("--format: %q is none of %s", f.format, strings.Join(formats, ", "))
+	}
+	if err := f.params.validate(); err != nil {
+		return err
+	}
+	if f.intervals = f.params.Interval > 0; f.report != "" && !f.intervals {
+		f.params.Interval = max(f.params.perRun()/20, minInterval)
+	}
+	return f.failIf.watch(f.params.runs())
 }
 
 // newCommand is the command line.
@@ -270,22 +297,37 @@ func (f *clientFlags) measure(ctx context.Context, server netip.AddrPort, local 
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, stopProfile()) }()
+	defer func() {
+		if perr := stopProfile(); err == nil {
+			err = perr
+		}
+	}()
 
+	var page *os.File // found out now that it cannot be written, not after ten minutes
+	if f.report != "" {
+		if page, err = os.Create(f.report); err != nil {
+			return err
+		}
+		defer page.Close()
+	}
 	specs := f.params.runs()
 	p := f.params
-	if p.Chaos != "" {
-		p.Duration /= time.Duration(len(specs))
-	}
+	p.Duration = p.perRun()
 	var pr progress = noProgress{}
-	if file, ok := stderr.(*os.File); ok && term.IsTerminal(int(file.Fd())) {
+	// Lines of standard output in between would tear the bar to pieces.
+	lines := f.format != formatJSON && isTerminal(stdout) && (f.intervals || f.format != formatText)
+	if file, ok := stderr.(*os.File); ok && isTerminal(stderr) && !lines {
 		pr = newBarProgress(file, len(specs), p)
 	}
 	c, err := dialClient(ctx, server, local, p, transportOpener(hclog.NewNullLogger()), pr)
 	if err != nil {
 		return err
 	}
+	c.reporter = newReporter(f.format, stdout, f.intervals, f.histograms)
 	rep := newReport(f.params, c.conn.localAddr().String(), c.conn.remoteAddr().String())
+	if err := c.reporter.begin(rep); err != nil {
+		return errors.Join(err, c.close())
+	}
 	results, err := c.measure(ctx, specs)
 	rep.Runs = append(rep.Runs, results...)
 	pr.finish()
@@ -299,12 +341,17 @@ func (f *clientFlags) measure(ctx context.Context, server netip.AddrPort, local 
 	if ctx.Err() != nil {
 		fmt.Fprintf(stderr, "rds-bench: interrupted after %d of %d runs\n", len(results), len(specs))
 	}
-	if len(results) == 0 && err != nil && !f.json {
-		return err // nothing for a table
+	err = errors.Join(err, c.reporter.end(rep))
+	if page != nil {
+		err = errors.Join(err, rep.writeHTML(page), page.Close())
 	}
-	write := rep.writeTable
-	if f.json {
-		write = rep.writeJSON
+	if err == nil {
+		err = f.failIf.check(rep)
 	}
-	return errors.Join(err, write(stdout))
+	return err
+}
+
+func isTerminal(w io.Writer) bool {
+	f, ok := w.(*os.File)
+	return ok && term.IsTerminal(int(f.Fd()))
 }

@@ -19,6 +19,7 @@ import (
 //	connect   the client's addresses   -> when every flow greeted
 //	start                              -> when the server receives (and sends, if bidir)
 //	mark      measured interval begins
+//	sample                             -> what the server counted since the last one, or the mark
 //	mark      measured interval ends   -> what the server counted in it
 //	stop      what the client sent     -> what the server sent, when all that the client sent has arrived
 //	end       the run's endpoint is closed
@@ -33,6 +34,7 @@ const (
 	opConnect = "connect"
 	opStart   = "start"
 	opMark    = "mark"
+	opSample  = "sample"
 	opStop    = "stop"
 	opEnd     = "end"
 	opBye     = "bye"

@@ -6,20 +6,21 @@
 //	rds-bench client 10.0.0.1     on the other one
 //
 // It runs a ladder of datagram sizes, throughput and round-trip time of each, and the same ladder
-// over Go's TCP beside it, and ends with a table, or with one JSON object (--json).
+// over Go's TCP beside it, and ends with a table, or with one JSON object (--json). docs/bench.md tells what else it does.
 //
 // # What is measured
 //
 // Throughput: senders write as fast as their socket takes datagrams (or keep --depth of them in
 // flight), receivers read and count; the rate is what the receiving application counted between two
 // moments. Round trip: one datagram in flight per socket, answered by the other application with one
-// of the same size. CPU is what getrusage says of both processes in the measured interval.
+// of the same size. Load: datagrams are due at a rate, answered likewise, and timed from when they were due.
+// RDMA: operations on the peer's memory, each with a datagram behind it. CPU is what getrusage says of both processes in the measured interval.
 // At the end of each run the senders stop and everything they sent must arrive.
 //
 // # Exit status
 //
 // 0 also after an interrupt, which ends the measurement and prints what is there; 1 when something
-// failed, --verify's checks included; 2 for a wrong command line.
+// failed, --verify's checks included; 2 for a wrong command line; 3 when a condition of --fail-if was true.
 package main
 
 import (
@@ -49,6 +50,13 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	err := cmd.ExecuteContext(ctx)
 	if err == nil {
 		return 0
+	}
+	var missed *thresholdError
+	if errors.As(err, &missed) && err == error(missed) {
+		for _, l := range missed.lines {
+			fmt.Fprintln(stderr, "rds-bench:", l)
+		}
+		return 3
 	}
 	fmt.Fprintln(stderr, "rds-bench:", oneLine(err))
 	var usage *usageError

@@ -17,25 +17,31 @@ const (
 	transportTCP = "tcp"
 	transportUDP = "udp"
 
-	baselineNames = "tcp, udp, none" // for people
+	transportQUIC = "quic"
+
+	baselineNames = "tcp, udp, quic, none" // for people
 
 	testThroughput = "throughput"
 	testRTT        = "rtt"
+	testLoad       = "load"
 )
 
 // baselines may stand in --compare: RDS beside RDMA.
-var baselines = []string{transportTCP, transportUDP, transportRDS}
+var baselines = []string{transportTCP, transportUDP, transportQUIC, transportRDS}
 
 // Bounds of parameters. A server holds its client to them.
 const (
 	maxSockets = 1024
 	maxDepth   = 1 << 16
+	minRate    = 0.1
+	maxRate    = 1e9
+	maxCount   = 1000
 )
 
 // params is what a client measures.
 type params struct {
 	Sizes    []int         // bytes per datagram, 1..maxMessageBytes
-	Tests    []string      // testThroughput, testRTT
+	Tests    []string      // testThroughput, testRTT, testLoad
 	Compare  []string      // baselines beside RDS
 	Sockets  int           // flows
 	Depth    int           // datagrams in flight per flow, 0 as many as the send buffer takes
@@ -45,6 +51,10 @@ type params struct {
 	Verify   bool          // check content and order of every datagram
 	RDS      rdsOptions
 	Seed     uint64 // of the content
+
+	Rates    []float64     // of load runs, in datagrams per second over all flows
+	Interval time.Duration // of reports within a run, 0 for none
+	Count    int           // how often the whole ladder is measured
 
 	RDMA       []string      // operations to measure, with a datagram behind each; none: datagrams alone
 	RDMASizes  []int         // bytes per operation
@@ -64,6 +74,7 @@ func defaultParams() params {
 		Warmup:   200 * time.Millisecond,
 		RDS:      rdsOptions{Dialect: dialectOpen, Port: 4791},
 		Seed:     1,
+		Count:    1,
 
 		RDMASizes: []int{rds.MaxRDMASize}, ChaosEvery: defaultChaosEvery,
 	}
@@ -78,6 +89,9 @@ func (p *params) settle(chosen func(flag string) bool) {
 		if !chosen("compare") {
 			p.Compare = []string{transportRDS, transportTCP}
 		}
+	}
+	if len(p.Rates) > 0 && !chosen("tests") {
+		p.Tests = []string{testLoad}
 	}
 	if p.Chaos != "" {
 		p.RDS.Audit = true
@@ -109,9 +123,23 @@ func (p params) validate() error {
 		complain("--tests is empty")
 	}
 	for _, t := range p.Tests {
-		if t != testThroughput && t != testRTT {
-			complain("--tests: %q is neither %s nor %s", t, testThroughput, testRTT)
+		if t != testThroughput && t != testRTT && t != testLoad {
+			complain("--tests: %q is none of %s, %s, %s", t, testThroughput, testRTT, testLoad)
 		}
+	}
+	if slices.Contains(p.Tests, testLoad) != (len(p.Rates) > 0) {
+		complain("--rate is for --tests %s, and needed there", testLoad)
+	}
+	for _, r := range p.Rates {
+		if !(r >= minRate && r <= maxRate) {
+			complain("--rate: %v is not between %v and %v datagrams per second", r, minRate, maxRate)
+		}
+	}
+	if p.Interval != 0 && p.Interval < minInterval {
+		complain("--interval: %v is less than %v", p.Interval, minInterval)
+	}
+	if p.Count < 1 || p.Count > maxCount {
+		complain("--count: %d is not between 1 and %d", p.Count, maxCount)
 	}
 	for _, c := range p.Compare {
 		if !slices.Contains(baselines, c) {
@@ -188,42 +216,69 @@ func (p *params) validateRDMA(complain func(string, ...any)) {
 // its baselines right after it, so that what drifts on the machine drifts for all.
 func (p params) runs() []spec {
 	var out []spec
-	for _, size := range p.Sizes {
-		if len(p.RDMA) == 0 {
-			for _, test := range p.Tests {
-				out = append(out, p.spec(transportRDS, test, size))
-				for _, tr := range p.Compare {
-					out = append(out, p.spec(tr, test, size))
-				}
+	for round := range max(1, p.Count) {
+		first := len(out)
+		for _, size := range p.Sizes {
+			if len(p.RDMA) == 0 {
+				out = p.rung(out, p.spec(size), size)
+				continue
 			}
-			continue
+			for _, n := range p.RDMASizes {
+				out = p.rung(out, p.spec(size), n)
+			}
 		}
-		for _, n := range p.RDMASizes {
-			for _, test := range p.Tests {
-				for _, op := range p.RDMA {
-					s := p.spec(transportRDS, test, size)
-					s.RDMA, s.RDMASize, s.ODP, s.Discard = op, n, p.ODP, p.Discard
-					out = append(out, s)
+		for i := range out[first:] {
+			out[first+i].Round = round
+		}
+	}
+	return out
+}
+
+// perRun is the measured interval of each run: with removals of devices Duration is that of all together, so that a soak takes
+// the time that was asked for.
+func (p *params) perRun() time.Duration {
+	if p.Chaos == "" {
+		return p.Duration
+	}
+	return p.Duration / time.Duration(max(1, len(p.runs())))
+}
+
+// rung appends the runs of one size: of RDS as base says, of the baselines with datagrams of size.
+func (p *params) rung(out []spec, base spec, size int) []spec {
+	for _, test := range p.Tests {
+		rates := []float64{0}
+		if test == testLoad {
+			rates = p.Rates
+		}
+		for _, rate := range rates {
+			s := base
+			s.Test, s.Rate, s.Bidir = test, rate, p.Bidir && test == testThroughput
+			if p.Chaos != "" {
+				s.Chaos, s.ChaosEvery = p.Chaos, p.ChaosEvery
+			}
+			plain := s
+			for _, op := range p.RDMA {
+				s.RDMA, s.RDMASize, s.ODP, s.Discard = op, size, p.ODP, p.Discard
+				out = append(out, s)
+			}
+			if len(p.RDMA) == 0 {
+				out = append(out, s)
+			}
+			for _, tr := range p.Compare {
+				b := plain
+				if b.Transport, b.Size = tr, size; tr != transportRDS {
+					b.Chaos, b.ChaosEvery = "", 0
 				}
-				for _, tr := range p.Compare { // the same bytes in datagrams
-					out = append(out, p.spec(tr, test, n))
-				}
+				out = append(out, b)
 			}
 		}
 	}
 	return out
 }
 
-func (p *params) spec(transport, test string, size int) spec {
-	s := spec{
-		Transport: transport, Test: test, Size: size, Sockets: p.Sockets, Depth: p.Depth,
-		Bidir: p.Bidir && test == testThroughput, Verify: p.Verify, Seed: p.Seed,
-		Patience: maxPatience,
-	}
-	if transport == transportRDS && p.Chaos != "" {
-		s.Chaos, s.ChaosEvery = p.Chaos, p.ChaosEvery
-	}
-	return s
+// spec is what all runs of a size have in common.
+func (p *params) spec(size int) spec {
+	return spec{Transport: transportRDS, Size: size, Sockets: p.Sockets, Depth: p.Depth, Verify: p.Verify, Seed: p.Seed, Patience: maxPatience}
 }
 
 // A spec says what one run is. The client sends it to its server.
@@ -238,6 +293,7 @@ type spec struct {
 	Seed      uint64 `json:"seed"`
 	Token     uint64 `json:"token"`
 
+	Rate       float64       `json:"rate,omitempty"` // of a load run, over all flows
 	RDMA       string        `json:"rdma,omitempty"`
 	RDMASize   int           `json:"rdma_size,omitempty"`
 	ODP        bool          `json:"odp,omitempty"`
@@ -247,20 +303,37 @@ type spec struct {
 
 	// Patience bounds how long either side waits, after the senders have stopped, for what is on its way.
 	Patience time.Duration `json:"patience_ns"`
+
+	Round int `json:"-"` // of --count
+}
+
+// moved is how many bytes each operation, or datagram, is about.
+func (s spec) moved() int {
+	if s.RDMA != "" {
+		return s.RDMASize
+	}
+	return s.Size
 }
 
 func (s spec) String() string {
+	t := fmt.Sprintf("%s %s %s", s.Transport, formatSize(s.Size), s.Test)
 	if s.RDMA != "" {
-		return fmt.Sprintf("%s %s %s %s", s.Transport, s.RDMA, formatSize(s.RDMASize), s.Test)
+		t = fmt.Sprintf("%s %s %s %s", s.Transport, s.RDMA, formatSize(s.RDMASize), s.Test)
 	}
-	return fmt.Sprintf("%s %s %s", s.Transport, formatSize(s.Size), s.Test)
+	if s.Rate > 0 {
+		t += " " + formatRate(s.Rate) + "/s"
+	}
+	return t
 }
 
 // validate is the server's look at what a stranger asks for.
 func (s spec) validate() error {
 	p := params{
 		Sizes: []int{s.Size}, Tests: []string{s.Test}, Sockets: s.Sockets, Depth: s.Depth,
-		Duration: 1, RDS: defaultParams().RDS, ODP: s.ODP, Discard: s.Discard, Chaos: s.Chaos, ChaosEvery: s.ChaosEvery,
+		Duration: 1, Count: 1, RDS: defaultParams().RDS, ODP: s.ODP, Discard: s.Discard, Chaos: s.Chaos, ChaosEvery: s.ChaosEvery,
+	}
+	if s.Rate != 0 {
+		p.Rates = []float64{s.Rate}
 	}
 	if s.RDMA != "" {
 		p.RDMA, p.RDMASizes = []string{s.RDMA}, []int{s.RDMASize}
@@ -358,4 +431,60 @@ func (v compareValue) Set(s string) error {
 		*v.names = append(*v.names, f)
 	}
 	return nil
+}
+
+// ratesValue is the flag value of --rate.
+type ratesValue struct{ rates *[]float64 }
+
+func (v ratesValue) Type() string { return "rates" }
+
+func (v ratesValue) String() string {
+	if v.rates == nil {
+		return ""
+	}
+	var out []string
+	for _, r := range *v.rates {
+		out = append(out, formatRate(r))
+	}
+	return strings.Join(out, ",")
+}
+
+func (v ratesValue) Set(s string) error {
+	*v.rates = nil
+	for _, f := range strings.Split(s, ",") {
+		r, err := parseRate(f)
+		if err != nil {
+			return err
+		}
+		*v.rates = append(*v.rates, r)
+	}
+	return nil
+}
+
+// parseRate reads a number with an optional decimal unit: 500, 20k, 1.5M.
+func parseRate(s string) (float64, error) {
+	t, scale := strings.TrimSpace(s), 1.0
+	switch {
+	case strings.HasSuffix(t, "k"), strings.HasSuffix(t, "K"):
+		t, scale = t[:len(t)-1], 1e3
+	case strings.HasSuffix(t, "M"):
+		t, scale = t[:len(t)-1], 1e6
+	}
+	v, err := strconv.ParseFloat(t, 64)
+	if v *= scale; err != nil || !(v >= 0 && v <= maxRate) {
+		return 0, fmt.Errorf("%q is not a rate, like 500, 20k or 1.5M", s)
+	}
+	return v, nil
+}
+
+// formatRate is parseRate's inverse for people.
+func formatRate(r float64) string {
+	f := func(v float64) string { return strconv.FormatFloat(v, 'g', 6, 64) }
+	switch {
+	case r >= 1e6:
+		return f(r/1e6) + "M"
+	case r >= 1e3:
+		return f(r/1e3) + "k"
+	}
+	return f(r)
 }

@@ -273,14 +273,26 @@ func (r *rdmaLane) initiate() error {
 	spec := &r.side.spec
 	buf := make([]byte, spec.Size)
 	r.tx.fill(buf, 0)
-	posted, err := uint64(0), error(nil)
-	for err == nil && r.await(func() bool { return r.slots[posted%uint64(len(r.slots))].freeLocked() }) {
-		if err = r.post(buf, posted); err == nil {
-			posted++
-		}
+	var p *pacer
+	if spec.Test == testLoad {
+		p = newPacer()
+		defer p.close()
 	}
-	if err != nil {
-		return err
+	posted := uint64(0)
+	for {
+		if p != nil && !r.side.awaitDue(p, r.due(posted)) {
+			break
+		}
+		if !r.await(func() bool { return r.slots[posted%uint64(len(r.slots))].freeLocked() }) {
+			break
+		}
+		if err := r.post(buf, posted); err != nil {
+			return err
+		}
+		posted++
+	}
+	if p != nil {
+		r.countUnsent(posted)
 	}
 	for !r.idle() {
 		select {
@@ -347,6 +359,13 @@ func (r *rdmaLane) post(buf []byte, seq uint64) error {
 		r.mu.Lock()
 		s.seq, s.used, s.busy, s.owed = seq, s.cookie, true, true
 		s.timed, s.start = r.side.measuring.Load(), time.Now()
+		if spec.Test == testLoad {
+			due := r.due(seq)
+			if s.timed = r.side.measured(due); s.timed {
+				r.late.record(s.start.Sub(r.side.begun) - due)
+			}
+			s.start = r.side.begun.Add(due)
+		}
 		m := rds.Message{Peer: r.peer, Data: buf, RDMA: &rds.RDMA{
 			Op: r.op, Local: []rds.Piece{s.region.Piece(0, len(s.mem))}, Remote: s.cookie, Notify: true, Token: seq,
 		}}

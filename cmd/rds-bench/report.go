@@ -7,10 +7,13 @@ import (
 	"io"
 	"os"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
+
+	"github.com/HdrHistogram/hdrhistogram-go"
 )
 
 // schemaVersion changes when a field changes its meaning or goes away.
@@ -38,26 +41,29 @@ type start struct {
 }
 
 type reportParameters struct {
-	Sizes           []int    `json:"sizes"`
-	Tests           []string `json:"tests"`
-	Compare         []string `json:"compare"`
-	Sockets         int      `json:"sockets"`
-	Depth           int      `json:"depth"`
-	DurationSeconds float64  `json:"duration_seconds"`
-	WarmupSeconds   float64  `json:"warmup_seconds"`
-	Bidir           bool     `json:"bidir"`
-	Verify          bool     `json:"verify"`
-	Dialect         string   `json:"dialect"`
-	RoCEPort        uint16   `json:"roce_port"`
-	Seed            uint64   `json:"seed"`
-	RDMA            []string `json:"rdma,omitempty"`
-	RDMASizes       []int    `json:"rdma_sizes,omitempty"`
-	ODP             bool     `json:"odp,omitempty"`
-	ODPDiscard      bool     `json:"odp_discard,omitempty"`
-	Chaos           string   `json:"chaos,omitempty"`
-	ChaosSeconds    float64  `json:"chaos_every_seconds,omitempty"`
-	Client          string   `json:"client"` // addresses
-	Server          string   `json:"server"`
+	Sizes           []int     `json:"sizes"`
+	Tests           []string  `json:"tests"`
+	Compare         []string  `json:"compare"`
+	Sockets         int       `json:"sockets"`
+	Depth           int       `json:"depth"`
+	DurationSeconds float64   `json:"duration_seconds"`
+	WarmupSeconds   float64   `json:"warmup_seconds"`
+	Bidir           bool      `json:"bidir"`
+	Verify          bool      `json:"verify"`
+	Dialect         string    `json:"dialect"`
+	RoCEPort        uint16    `json:"roce_port"`
+	Seed            uint64    `json:"seed"`
+	Rates           []float64 `json:"rates,omitempty"` // of load runs
+	IntervalSeconds float64   `json:"interval_seconds,omitempty"`
+	Count           int       `json:"count,omitempty"`
+	RDMA            []string  `json:"rdma,omitempty"`
+	RDMASizes       []int     `json:"rdma_sizes,omitempty"`
+	ODP             bool      `json:"odp,omitempty"`
+	ODPDiscard      bool      `json:"odp_discard,omitempty"`
+	Chaos           string    `json:"chaos,omitempty"`
+	ChaosSeconds    float64   `json:"chaos_every_seconds,omitempty"`
+	Client          string    `json:"client"` // addresses
+	Server          string    `json:"server"`
 }
 
 // A result is one run's. Rates are counted at the receiving application.
@@ -74,18 +80,47 @@ type result struct {
 	Drops             uint64       `json:"drops"`
 	Verified          bool         `json:"verified"` // content and order of every datagram were checked and right
 
+	Messages    uint64       `json:"messages,omitempty"`           // received in the measured interval
+	Offered     float64      `json:"offered_per_second,omitempty"` // of a load run
+	LateSeconds *percentiles `json:"late_seconds,omitempty"`       // how late a load run's sender was; part of RTTSeconds
+	Histogram   string       `json:"histogram,omitempty"`          // of RTTSeconds in ns: HdrHistogram, V2 compressed, base64
+	Intervals   []interval   `json:"intervals,omitempty"`
+	Round       int          `json:"round,omitempty"` // of --count, from 0
+
 	RDMA       string `json:"rdma,omitempty"`        // operation before each datagram
 	RDMASize   int    `json:"rdma_size,omitempty"`   // its bytes, counted in BytesPerSecond
 	RDMAFailed uint64 `json:"rdma_failed,omitempty"` // operations that devices which went away have cost
 	Removals   uint64 `json:"removals,omitempty"`    // of devices, on both sides
 
-	cores float64 // CPUSeconds per second
+	seconds float64                 // measured interval of the client
+	cores   float64                 // CPUSeconds per second
+	times   *hdrhistogram.Histogram // of Histogram; nil without round trips
+}
+
+// An interval is a part of a run's measured interval.
+type interval struct {
+	BeginSeconds      float64      `json:"begin_seconds"` // since the measured interval began
+	EndSeconds        float64      `json:"end_seconds"`
+	MessagesPerSecond float64      `json:"messages_per_second"`
+	BytesPerSecond    float64      `json:"bytes_per_second"`
+	RTTSeconds        *percentiles `json:"rtt_seconds,omitempty"`
+	CPUSeconds        float64      `json:"cpu_seconds"`
+	Retransmits       uint64       `json:"retransmits"`
+	Drops             uint64       `json:"drops"`
+	Removals          uint64       `json:"removals,omitempty"`
 }
 
 type percentiles struct {
 	P50  float64 `json:"p50"`
 	P99  float64 `json:"p99"`
 	P999 float64 `json:"p999"`
+
+	P90   float64 `json:"p90,omitempty"`
+	P9999 float64 `json:"p9999,omitempty"`
+	Min   float64 `json:"min,omitempty"`
+	Mean  float64 `json:"mean,omitempty"`
+	Max   float64 `json:"max,omitempty"`
+	Count int64   `json:"count,omitempty"`
 }
 
 // providerOf says who carries a transport.
@@ -123,6 +158,10 @@ func newReport(p params, client, server string) *report {
 		Runs: []result{},
 	}
 	rp := &r.Start.Parameters
+	rp.Rates, rp.IntervalSeconds = p.Rates, p.Interval.Seconds()
+	if p.Count > 1 {
+		rp.Count = p.Count
+	}
 	if len(p.RDMA) > 0 {
 		rp.RDMA, rp.RDMASizes, rp.ODP, rp.ODPDiscard = p.RDMA, p.RDMASizes, p.ODP, p.Discard
 	}
@@ -130,6 +169,11 @@ func newReport(p params, client, server string) *report {
 		rp.Chaos, rp.ChaosSeconds = p.Chaos, p.ChaosEvery.Seconds()
 	}
 	return r
+}
+
+// String names the run, as spec.String does.
+func (r *result) String() string {
+	return spec{Transport: r.Transport, Test: r.Test, Size: r.Size, RDMA: r.RDMA, RDMASize: r.RDMASize, Rate: r.Offered}.String()
 }
 
 // over says what carried a result's bytes.
@@ -169,20 +213,17 @@ func (r *report) writeTable(w io.Writer) error {
 
 	var grid bytes.Buffer
 	t := tabwriter.NewWriter(&grid, 0, 0, 2, ' ', tabwriter.AlignRight)
-	head := []string{"size", "over", "messages/s", "GB/s", "vs tcp", "p50 µs", "p99 µs", "p99.9 µs", "CPU", "resent", "drops"}
-	if p.Verify {
-		head = append(head, "verified")
-	}
+	head, hasLoad := r.head()
 	writeRow(t, head)
-	lastSize := -1
+	last := line{lineKey: lineKey{size: -1}}
 	for _, l := range r.lines() {
 		size := ""
-		if l.size != lastSize {
+		if l.size != last.size || l.round != last.round {
 			size = formatSize(l.size)
 			writeRow(t, make([]string, len(head)))
 		}
-		lastSize = l.size
-		writeRow(t, r.row(size, l))
+		last = l
+		writeRow(t, r.row(size, l, hasLoad))
 	}
 	if err := t.Flush(); err != nil {
 		return err
@@ -192,6 +233,9 @@ func (r *report) writeTable(w io.Writer) error {
 	}
 	_, err := fmt.Fprint(w, "\nRates as the receiving application counts them. CPU: cores used by both processes together during\n"+
 		"throughput. µs: round trip, one datagram in flight. vs tcp: messages/s.\n")
+	if hasLoad {
+		_, err = fmt.Fprint(w, "offered/s: due at that rate, each answered; µs counts from when it was due to its answer.\n")
+	}
 	if r.Clean {
 		removals, failed := uint64(0), uint64(0)
 		for i := range r.Runs {
@@ -207,25 +251,44 @@ func (r *report) writeTable(w io.Writer) error {
 	return err
 }
 
+// head is the table's heading. hasLoad: there are runs of a rate.
+func (r *report) head() (head []string, hasLoad bool) {
+	head = []string{"size", "over"}
+	if hasLoad = slices.ContainsFunc(r.Runs, func(r result) bool { return r.Test == testLoad }); hasLoad {
+		head = append(head, "offered/s")
+	}
+	head = append(head, "messages/s", "GB/s", "vs tcp", "p50 µs", "p99 µs", "p99.9 µs", "CPU", "resent", "drops")
+	if r.Start.Parameters.Verify {
+		head = append(head, "verified")
+	}
+	return head, hasLoad
+}
+
 // writeRow writes the cells of a tabwriter that aligns right; its errors come out of Flush.
 func writeRow(w io.Writer, cells []string) {
 	fmt.Fprintln(w, strings.Join(cells, "\t")+"\t")
 }
 
-// A line is what the table shows of one size over one transport.
+// A line is what the table shows of one size over one transport, or of one rate offered to it.
 type line struct {
-	size            int
-	transport       string
-	throughput, rtt *result
+	lineKey
+	throughput, rtt *result // both are the run of a rate
 	tcp             *result // throughput of the baseline
 }
 
-// lines groups runs by size and transport in the order they were measured.
+type lineKey struct {
+	round int
+	size  int
+	over  string
+	rate  float64
+}
+
+// lines groups runs in the order they were measured.
 func (r *report) lines() []line {
 	var out []line
-	find := func(size int, transport string) *line {
+	find := func(k lineKey) *line {
 		for i := range out {
-			if out[i].size == size && out[i].transport == transport {
+			if out[i].lineKey == k {
 				return &out[i]
 			}
 		}
@@ -233,19 +296,23 @@ func (r *report) lines() []line {
 	}
 	for i := range r.Runs {
 		run := &r.Runs[i]
-		l := find(run.moved(), run.over())
+		k := lineKey{run.Round, run.moved(), run.over(), run.Offered}
+		l := find(k)
 		if l == nil {
-			out = append(out, line{size: run.moved(), transport: run.over()})
+			out = append(out, line{lineKey: k})
 			l = &out[len(out)-1]
 		}
-		if run.Test == testRTT {
+		if run.Test != testThroughput {
 			l.rtt = run
-		} else {
+		}
+		if run.Test != testRTT {
 			l.throughput = run
 		}
 	}
 	for i := range out {
-		if base := find(out[i].size, transportTCP); base != nil {
+		k := out[i].lineKey
+		k.over = transportTCP
+		if base := find(k); base != nil && k.rate == 0 {
 			out[i].tcp = base.throughput
 		}
 	}
@@ -253,9 +320,16 @@ func (r *report) lines() []line {
 }
 
 // row is a line's cells.
-func (r *report) row(size string, l line) []string {
+func (r *report) row(size string, l line, hasLoad bool) []string {
 	const none = "-"
-	row := []string{size, l.transport}
+	row := []string{size, l.over}
+	if hasLoad {
+		offered := none
+		if l.rate > 0 {
+			offered = groupDigits(l.rate)
+		}
+		row = append(row, offered)
+	}
 	cores, resent, drops := none, uint64(0), uint64(0)
 	if t := l.throughput; t != nil {
 		ratio := none
@@ -268,7 +342,7 @@ func (r *report) row(size string, l line) []string {
 	} else {
 		row = append(row, none, none, none)
 	}
-	if t := l.rtt; t != nil {
+	if t := l.rtt; t != nil && t != l.throughput {
 		resent, drops = resent+t.Retransmits, drops+t.Drops
 	}
 	if l.rtt != nil && l.rtt.RTTSeconds != nil {

@@ -71,13 +71,14 @@ func testSpec(transport, test string, size int) spec {
 }
 
 // testTransports are the transports that the machine under test can run.
-var testTransports = []string{transportRDS, transportTCP, transportUDP}
+var testTransports = []string{transportRDS, transportTCP, transportUDP, transportQUIC}
 
 var newTransport = transportOpener(hclog.NewNullLogger())
 
 func TestRuns(t *testing.T) {
 	for _, transport := range testTransports {
 		t.Run(transport, func(t *testing.T) {
+			t.Parallel() // most of the time they wait
 			c := connectClient(t, serveLoopback(t, newTransport), shortParams(), newTransport)
 			for _, tc := range []struct {
 				name string
@@ -95,6 +96,8 @@ func TestRuns(t *testing.T) {
 				{"depth 64, both directions, two sockets", func(s *spec) { s.Depth, s.Bidir, s.Sockets = 64, true, 2 }},
 				{"round trip", func(s *spec) { s.Test = testRTT }},
 				{"round trip, four sockets", func(s *spec) { s.Test, s.Sockets = testRTT, 4 }},
+				{"load", func(s *spec) { s.Test, s.Rate = testLoad, 2000 }},
+				{"load, two sockets", func(s *spec) { s.Test, s.Rate, s.Sockets = testLoad, 5000, 2 }},
 			} {
 				t.Run(tc.name, func(t *testing.T) {
 					s := testSpec(transport, testThroughput, 64)
@@ -114,8 +117,11 @@ func TestRuns(t *testing.T) {
 					if r.Verified != s.Verify {
 						t.Errorf("verified is %v, asked for %v", r.Verified, s.Verify)
 					}
-					if isRTT := s.Test == testRTT; isRTT != (r.RTTSeconds != nil) {
+					if isRTT := s.Test != testThroughput; isRTT != (r.RTTSeconds != nil) {
 						t.Fatalf("round-trip times are %v", r.RTTSeconds)
+					}
+					if r.Offered != s.Rate || (r.LateSeconds != nil) != (s.Rate > 0) {
+						t.Errorf("offered %v, late %v", r.Offered, r.LateSeconds)
 					}
 					if p := r.RTTSeconds; p != nil && !(0 < p.P50 && p.P50 <= p.P99 && p.P99 <= p.P999) {
 						t.Errorf("percentiles %+v are not in order", *p)

@@ -80,10 +80,12 @@ type session struct {
 	stage stage
 	side  *side // the run in progress; not nil from stagePrepared on
 	start snapshot
+	last  snapshot // start, or the last sample
 }
 
 // A stage is how far a session is.
 //
+//	                                                                                    sample, any number
 //	new ──hello──▶ idle ──prepare──▶ prepared ──connect──▶ connected ──start──▶ started ──mark──▶ measuring
 //	                 ▲                                                           stop │  ◀──mark──┘
 //	                 └───────────── end, from anywhere after idle ──────────────── stopped
@@ -156,6 +158,12 @@ func (s *session) answer(req *request) (response, error) {
 		next = stageStarted
 	case at{opMark, stageStarted}:
 		s.start = s.side.mark(true)
+		s.last = s.start
+		next = stageMeasuring
+	case at{opSample, stageMeasuring}:
+		sn := s.side.snapshot()
+		d := sn.since(s.last)
+		res.Delta, s.last = &d, sn
 		next = stageMeasuring
 	case at{opMark, stageMeasuring}:
 		d := s.side.mark(false).since(s.start)

@@ -27,6 +27,7 @@ const (
 //	throughput           send                         receive, count
 //	throughput, bidir    send; receive, count         send; receive, count
 //	rtt                  send, receive, time; repeat  receive, send; repeat
+//	load                 send at a rate; receive      receive, send; repeat
 //	with RDMA            initiate; complete           register, offer; receive, answer
 //	with --chaos         remove and add the device again and again, both
 //
@@ -39,6 +40,11 @@ type side struct {
 	active bool
 	ep     endpoint
 	lanes  []*lane
+
+	parts bool         // times of parts of the measured interval will be asked for
+	begun time.Time    // valid from start on
+	from  atomic.Int64 // measured interval, in ns since begun; 0: not yet
+	to    atomic.Int64
 
 	removals  atomic.Uint64 // of this side's device
 	stopping  atomic.Bool   // senders finish with the datagram they are at
@@ -65,6 +71,7 @@ type lane struct {
 	sent     uint64        // written by the sender, read after it has ended
 
 	times *recorder // round trips; nil where there are none
+	late  *recorder // how long after their time datagrams were sent; of a load run
 
 	rdma *rdmaLane // of a run with RDMA; nil otherwise
 
@@ -102,8 +109,9 @@ func (s *side) connect(ctx context.Context, peers []netip.AddrPort) error {
 			l.credits = make(chan struct{}, s.spec.Depth+1)
 			l.owed = make(chan struct{}, s.spec.Depth+1)
 		}
-		if s.spec.Test == testRTT && s.active {
-			l.times = newRecorder(false)
+		if s.spec.Test != testThroughput && s.active {
+			l.times = newRecorder(s.parts)
+			l.late = newRecorder(false)
 		}
 		s.lanes = append(s.lanes, l)
 		if s.spec.RDMA != "" {
@@ -171,6 +179,7 @@ func (l *lane) greet(active bool) error {
 
 // start sets the load going. The passive side starts first.
 func (s *side) start() {
+	s.begun = time.Now()
 	if s.spec.Chaos != "" {
 		s.goSender(s.churn)
 	}
@@ -179,12 +188,17 @@ func (s *side) start() {
 			l.rdma.start()
 			continue
 		}
-		if s.spec.Test == testRTT {
-			if s.active {
-				s.goSender(l.ping)
-			} else {
-				s.goWorker(l.pong)
-			}
+		switch {
+		case s.spec.Test == testThroughput:
+		case !s.active:
+			s.goWorker(l.pong)
+			continue
+		case s.spec.Test == testLoad:
+			s.goSender(l.sendAtRate)
+			s.goWorker(l.receiveAnswers)
+			continue
+		default:
+			s.goSender(l.ping)
 			continue
 		}
 		if s.active || s.spec.Bidir {
@@ -421,6 +435,18 @@ type snapshot struct {
 
 // mark takes a snapshot; measuring says whether the measured interval begins or ends with it.
 func (s *side) mark(measuring bool) snapshot {
+	sn := s.snapshot()
+	at := max(1, int64(sn.at.Sub(s.begun)))
+	if measuring {
+		s.from.Store(at)
+	} else {
+		s.to.Store(at)
+	}
+	s.measuring.Store(measuring)
+	return sn
+}
+
+func (s *side) snapshot() snapshot {
 	sn := snapshot{at: time.Now(), cpu: cpuTime(), counters: s.ep.counters(), removals: s.removals.Load()}
 	for _, l := range s.lanes {
 		sn.messages += l.received.Load()
@@ -428,7 +454,6 @@ func (s *side) mark(measuring bool) snapshot {
 			sn.failed += l.rdma.failed.Load()
 		}
 	}
-	s.measuring.Store(measuring)
 	return sn
 }
 
@@ -486,7 +511,12 @@ func (s *side) drain(sent []uint64) error {
 	if len(sent) != len(s.lanes) {
 		return fmt.Errorf("%v: counts of %d flows instead of %d", s.spec, len(sent), len(s.lanes))
 	}
-	if s.active && !s.spec.Bidir { // a pinger has seen every answer already
+	switch {
+	case s.active && s.spec.Test == testLoad && s.spec.RDMA == "":
+		for i, l := range s.lanes {
+			sent[i] = l.sent // as many answers are due
+		}
+	case s.active && !s.spec.Bidir: // a pinger has seen every answer already
 		return s.failure()
 	}
 	deadline := time.Now().Add(s.spec.Patience)
@@ -524,15 +554,28 @@ func (l *lane) settled() uint64 {
 
 // roundTrips are those of the active side, nil for a run without any.
 func (s *side) roundTrips() *hdrhistogram.Histogram {
+	return s.merge(func(l *lane) *recorder { return l.times }, (*recorder).addTotal)
+}
+
+// partRoundTrips are those since the last call.
+func (s *side) partRoundTrips() *hdrhistogram.Histogram {
+	return s.merge(func(l *lane) *recorder { return l.times }, (*recorder).takePart)
+}
+
+// lateness is by how much datagrams of a load run were sent late.
+func (s *side) lateness() *hdrhistogram.Histogram {
+	return s.merge(func(l *lane) *recorder { return l.late }, (*recorder).addTotal)
+}
+
+func (s *side) merge(of func(*lane) *recorder, add func(*recorder, *hdrhistogram.Histogram)) *hdrhistogram.Histogram {
 	var all *hdrhistogram.Histogram
 	for _, l := range s.lanes {
-		if l.times == nil {
-			continue
+		if r := of(l); r != nil {
+			if all == nil {
+				all = newHistogram()
+			}
+			add(r, all)
 		}
-		if all == nil {
-			all = newHistogram()
-		}
-		l.times.addTotal(all)
 	}
 	return all
 }

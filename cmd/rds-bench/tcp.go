@@ -3,10 +3,8 @@ package main
 import (
 	"bufio"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/netip"
 	"time"
@@ -17,11 +15,7 @@ import (
 // one connection per flow.
 type tcpTransport struct{}
 
-const (
-	tcpHeaderBytes     = 4 // big-endian length of the payload
-	tcpReadBufferBytes = 64 << 10
-	tcpPreambleBytes   = 10 // token of the run, index of the flow
-)
+const tcpReadBufferBytes = 64 << 10
 
 func (tcpTransport) close() error { return nil }
 
@@ -64,7 +58,7 @@ func (e *tcpEndpoint) connect(ctx context.Context, peers []netip.AddrPort) ([]fl
 	}
 	flows := make([]flow, len(e.conns))
 	for i, c := range e.conns {
-		flows[i] = &tcpFlow{conn: c, r: bufio.NewReaderSize(c, tcpReadBufferBytes)}
+		flows[i] = &tcpFlow{conn: c, streamFlow: streamFlow{w: c, r: bufio.NewReaderSize(c, tcpReadBufferBytes)}}
 	}
 	return flows, nil
 }
@@ -80,10 +74,7 @@ func (e *tcpEndpoint) dial(ctx context.Context, peers []netip.AddrPort) error {
 			return err
 		}
 		e.conns[i] = c.(*net.TCPConn)
-		var pre [tcpPreambleBytes]byte
-		binary.BigEndian.PutUint64(pre[0:], e.cfg.token)
-		binary.BigEndian.PutUint16(pre[8:], uint16(i))
-		if _, err := c.Write(pre[:]); err != nil {
+		if _, err := c.Write(appendPreamble(nil, e.cfg.token, i)); err != nil {
 			return err
 		}
 	}
@@ -118,12 +109,8 @@ func (e *tcpEndpoint) preamble(c *net.TCPConn) (index int, ok bool) {
 	if c.SetReadDeadline(time.Now().Add(time.Second)) != nil {
 		return 0, false
 	}
-	var pre [tcpPreambleBytes]byte
-	if _, err := io.ReadFull(c, pre[:]); err != nil || binary.BigEndian.Uint64(pre[0:]) != e.cfg.token {
-		return 0, false
-	}
-	i := int(binary.BigEndian.Uint16(pre[8:]))
-	if i >= len(e.conns) || e.conns[i] != nil {
+	i, ok := readPreamble(c, e.cfg.token)
+	if !ok || i >= len(e.conns) || e.conns[i] != nil {
 		return 0, false
 	}
 	return i, c.SetReadDeadline(time.Time{}) == nil
@@ -155,37 +142,8 @@ func (e *tcpEndpoint) close() error {
 }
 
 type tcpFlow struct {
+	streamFlow
 	conn *net.TCPConn
-	r    *bufio.Reader
-	out  []byte // header, payload
-}
-
-func (f *tcpFlow) buffer(size int) []byte {
-	if len(f.out) < tcpHeaderBytes+size {
-		f.out = make([]byte, tcpHeaderBytes+size)
-	}
-	return f.out[tcpHeaderBytes:][:size]
-}
-
-func (f *tcpFlow) send(n int, _ bool) error {
-	binary.BigEndian.PutUint32(f.out, uint32(n))
-	_, err := f.conn.Write(f.out[:tcpHeaderBytes+n])
-	return err
-}
-
-func (f *tcpFlow) recv(p []byte) (int, error) {
-	h, err := f.r.Peek(tcpHeaderBytes)
-	if err != nil {
-		return 0, err
-	}
-	n := int(binary.BigEndian.Uint32(h))
-	if _, err := f.r.Discard(tcpHeaderBytes); err != nil {
-		return 0, err
-	}
-	if n > len(p) {
-		return 0, fmt.Errorf("a message of %d bytes for a buffer of %d", n, len(p))
-	}
-	return io.ReadFull(f.r, p[:n])
 }
 
 func (f *tcpFlow) setDeadline(t time.Time) error { return f.conn.SetDeadline(t) }

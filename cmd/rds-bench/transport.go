@@ -13,8 +13,8 @@ import (
 // maxMessageBytes is the largest datagram: RDS's own limit, kept for the baselines too.
 const maxMessageBytes = 1 << 20
 
-// A transport opens one process's end of runs. The measuring code knows nothing else about RDS, TCP
-// and UDP. It lives as long as the session of a client with a server, its endpoints as long as a run.
+// A transport opens one process's end of runs. The measuring code knows nothing else about RDS, TCP,
+// UDP and QUIC. It lives as long as the session of a client with a server, its endpoints as long as a run.
 type transport interface {
 	// open makes ready for one run at cfg.local.
 	open(ctx context.Context, cfg endpointConfig) (endpoint, error)
@@ -77,6 +77,8 @@ func transportOpener(log hclog.Logger) openTransport {
 			return tcpTransport{}, nil
 		case transportUDP:
 			return udpTransport{}, nil
+		case transportQUIC:
+			return newQUIC()
 		}
 		return nil, fmt.Errorf("unknown transport %q", name)
 	}
