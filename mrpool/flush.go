@@ -108,7 +108,9 @@ func (p *pool) flushRound(stop <-chan struct{}) {
 	proven := b.wait(stop)
 	if len(proven)+len(plain) > 0 && p.ps.cfg.Epoch != nil {
 		// Who found a region in a table of keys or sockets under the epoch may be using it still.
-		p.ps.cfg.Epoch.Synchronize()
+		if !p.ps.cfg.Epoch.SynchronizeUntil(stop) {
+			return // Close, which waits for the same, takes them from where they are
+		}
 	}
 	for _, it := range proven {
 		p.settle(it, nil)

@@ -292,6 +292,15 @@ func (ps *Pools) Flush(ctx context.Context) error {
 	return nil
 }
 
+// StartFlush is Flush that does not wait, and does nothing if nothing was freed. The caller holds a reference to the device.
+func (ps *Pools) StartFlush() {
+	for _, p := range ps.pools() {
+		if p.dirtyItems.Load() > 0 {
+			p.flush.kick()
+		}
+	}
+}
+
 // Invalidated says that a peer has invalidated the region of key (a completion with WCWithInvalidate), and reports
 // whether it is one of ours that is mapped. The owner gives it back as always.
 func (ps *Pools) Invalidated(key verbs.RKey) bool {
@@ -315,7 +324,8 @@ func (ps *Pools) Invalidated(key verbs.RKey) bool {
 // to the device itself. It waits for no queue: queue pairs have been closed, and mappings given back, before. What has
 // not been is closed and given back here, and the error names it. A region the device does not take back is
 // in the error too, its owner is told by the done callback; Close may be called again for those. nil when all
-// is done. The caller is inside no epoch. May wait.
+// is done. The caller is inside no epoch. May wait, as long as there is a reader of the epoch that stays inside: the memory may be
+// in use.
 func (ps *Pools) Close() error {
 	ps.closing.Lock()
 	defer ps.closing.Unlock()

@@ -680,6 +680,95 @@ func TestLastReferenceFromFlush(t *testing.T) {
 	}
 }
 
+// TestReaderStays: while a reader of the epoch stays inside no memory is given back, neither by a flush nor by Close, which
+// calls that flush off. Everybody else can go on.
+func TestReaderStays(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		q, f := r.qp(16)
+		told := 0
+		tell := func(err error) {
+			if told++; err != nil {
+				t.Error(err)
+			}
+		}
+		m := r.mustMap(q, 0, 1)
+		plain, err := r.ps.Register(context.Background(), r.pages(1, 1)[0], 0, rw)
+		if err != nil {
+			t.Fatal(err)
+		}
+		reader := r.epoch.Register("reader")
+		leave, left := make(chan struct{}), make(chan struct{})
+		go func() {
+			reader.Enter()
+			<-leave
+			reader.Exit()
+			close(left)
+		}()
+		synctest.Wait()
+		m.Free(tell)
+		plain.Free(tell)
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		flushed := make(chan error)
+		go func() { flushed <- r.ps.Flush(ctx) }()
+		synctest.Wait()
+		give(q, f.run(-1))
+		if err := <-flushed; !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("flush: %v", err)
+		}
+		others := 0
+		r.mustUnmap(r.mustMap(q, 2, 1), func(error) { others++ })
+		give(q, f.run(-1))
+		if others != 1 {
+			t.Error("memory invalidated on its own queue waits for the reader")
+		}
+		gone(q, f)
+
+		go func() { r.down <- r.ps.Close() }()
+		synctest.Wait()
+		if r.ps.small.flush.running {
+			t.Error("Close has not called off the flush")
+		}
+		time.Sleep(time.Hour)
+		if told != 0 || len(r.pd.mrs) != 3 || r.ps.Stats().Pinned != 2*verbs.PageSize || len(r.down) != 0 {
+			t.Errorf("%d told, %d regions on the device, %d bytes pinned", told, len(r.pd.mrs), r.ps.Stats().Pinned)
+		}
+		close(leave)
+		<-left
+		reader.Unregister()
+		if err := <-r.down; err != nil || told != 2 {
+			t.Errorf("close: %v; %d told", err, told)
+		}
+		r.clean()
+	})
+}
+
+// TestStartFlush: a flush that nobody waits for gives back what was freed, and none runs when nothing was.
+func TestStartFlush(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		q, f := r.qp(16)
+		told := 0
+		m := r.mustMap(q, 0, 1)
+		r.ps.StartFlush()
+		synctest.Wait()
+		if n := r.ps.Stats().Small.Flush; n != 0 {
+			t.Errorf("%d flushes of nothing", n)
+		}
+		m.Free(func(error) { told++ })
+		r.ps.StartFlush()
+		synctest.Wait()
+		give(q, f.run(-1))
+		synctest.Wait()
+		if s := r.ps.Stats(); told != 1 || s.Pinned != 0 || s.Small.Flush != 1 || s.Large.Flush != 0 {
+			t.Errorf("%d told; %+v", told, s)
+		}
+		gone(q, f)
+		r.shut()
+	})
+}
+
 // TestCloseAudits: what was not given back is named, and gone all the same.
 func TestCloseAudits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -163,11 +163,15 @@ func (d *Domain) Throttle(ctx context.Context) error {
 // Synchronize returns after every participant that is inside now has left. The caller is not
 // inside and is no callback: panics for both under -tags invariants, and without it waits for ever in the first
 // case. Callbacks retired earlier may not have run yet.
-func (d *Domain) Synchronize() {
+func (d *Domain) Synchronize() { d.SynchronizeUntil(nil) }
+
+// SynchronizeUntil is Synchronize for who cannot wait for a reader that stays. It returns false if stop is closed first: there
+// has been no grace period then, and nothing may be freed.
+func (d *Domain) SynchronizeUntil(stop <-chan struct{}) bool {
 	if invariants.Enabled {
 		d.refuseInside("Synchronize")
 	}
-	d.wait(d.look(d.snapshot()))
+	return d.wait(d.look(d.snapshot()), stop)
 }
 
 // Synchronize is Domain.Synchronize for the goroutine that uses p, and panics in every build when p
@@ -199,7 +203,11 @@ func (d *Domain) refuseInside(op string) {
 // is retired later. It returns an error that names the participants still registered: whoever
 // registered them did not close. The caller is not inside and is no callback. Returns the same the second
 // time.
-func (d *Domain) Close() error {
+func (d *Domain) Close() error { return d.CloseUntil(nil) }
+
+// CloseUntil is Close that gives up when stop is closed, because a participant stays inside. The error counts what waits for it: the
+// worker frees that when it leaves. Close may be called again to wait for that.
+func (d *Domain) CloseUntil(stop <-chan struct{}) error {
 	if invariants.Enabled {
 		d.refuseInside("Close")
 	}
@@ -207,19 +215,27 @@ func (d *Domain) Close() error {
 	d.closed = true // callbacks still to run may retire more; when the worker has ended nobody may
 	idle := d.idle
 	d.mu.Unlock()
+	var left []string
 	if idle != nil {
-		<-idle
+		select {
+		case <-idle:
+		case <-stop:
+			left = append(left, fmt.Sprintf("%d callbacks wait", d.Pending()))
+		}
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if len(d.participants) == 0 {
+	if len(d.participants) > 0 {
+		names := make([]string, len(d.participants))
+		for i, p := range d.participants {
+			names[i] = p.name
+		}
+		left = append(left, "still registered: "+strings.Join(names, ", "))
+	}
+	if left == nil {
 		return nil
 	}
-	var names []string
-	for _, p := range d.participants {
-		names = append(names, p.name)
-	}
-	return errors.New("epoch: close: still registered: " + strings.Join(names, ", "))
+	return errors.New("epoch: close: " + strings.Join(left, "; "))
 }
 
 // work runs batches until there is no garbage left.
@@ -264,7 +280,7 @@ func (d *Domain) work() {
 		default:
 			in = d.look(d.snapshot())
 		}
-		d.wait(in)
+		d.wait(in, nil)
 		d.at("G_FREE")
 		for i, fn := range batch {
 			batch[i] = nil

@@ -89,6 +89,48 @@ func TestSynchronize(t *testing.T) {
 	})
 }
 
+// TestStaysInside: nobody has to wait for a reader that stays, and whoever has given up frees nothing and leaves no mark.
+func TestStaysInside(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := NewDomain()
+		p := d.Register("p")
+		leave := make(chan struct{})
+		left := make(chan struct{})
+		go func() {
+			p.Enter()
+			<-leave
+			p.Exit()
+			close(left)
+		}()
+		synctest.Wait()
+		ran := false
+		stop, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if d.SynchronizeUntil(stop.Done()) {
+			t.Error("a grace period with a reader inside")
+		}
+		if len(d.waiters) != 0 || p.watched.Load() != 0 {
+			t.Errorf("left behind: %d waiters, %d marks", len(d.waiters), p.watched.Load())
+		}
+		d.Retire(func() { ran = true })
+		stop, cancel = context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if err := d.CloseUntil(stop.Done()); err == nil || err.Error() != "epoch: close: 1 callbacks wait; still registered: p" || ran {
+			t.Errorf("Close with a reader inside: %v; freed: %v", err, ran)
+		}
+		close(leave)
+		<-left
+		if !d.SynchronizeUntil(nil) {
+			t.Error("no grace period with nobody inside")
+		}
+		p.Unregister()
+		mustClose(t, d)
+		if !ran {
+			t.Error("never freed")
+		}
+	})
+}
+
 func TestMisuse(t *testing.T) {
 	d := NewDomain()
 	p := d.Register("worker")

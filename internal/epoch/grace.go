@@ -40,10 +40,10 @@ func (d *Domain) look(all []*Participant) []section {
 	return in
 }
 
-// wait returns when every section of in is over. It overwrites in.
-func (d *Domain) wait(in []section) {
+// wait returns true when every section of in is over, false if stop is closed before. It overwrites in.
+func (d *Domain) wait(in []section, stop <-chan struct{}) bool {
 	if len(in) == 0 {
-		return
+		return true
 	}
 	d.at("G_WAIT")
 	woken := make(chan wake, 1)
@@ -84,11 +84,14 @@ func (d *Domain) wait(in []section) {
 	began, bound := time.Now(), d.cfg.StallAfter
 	stall := time.NewTimer(bound)
 	defer stall.Stop()
-	for len(in) > 0 {
+	for stopped := false; len(in) > 0 && !stopped; {
 		d.at("G_SLEEP")
 		select {
 		case <-woken:
 			check()
+		case <-stop:
+			check()
+			stopped = true
 		case <-stall.C:
 			if check(); len(in) > 0 {
 				d.stalled(in, time.Since(began))
@@ -98,6 +101,9 @@ func (d *Domain) wait(in []section) {
 		}
 	}
 
+	for _, s := range in { // given up: their Exits need not wake anybody on our account
+		s.p.watched.Add(-1)
+	}
 	d.at("G_DONE")
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -109,6 +115,7 @@ func (d *Domain) wait(in []section) {
 			break
 		}
 	}
+	return len(in) == 0
 }
 
 // wake tells every grace period in progress to look again.
