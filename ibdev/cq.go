@@ -161,6 +161,9 @@ func (q *cq) dispatchRecv(wcs []verbs.WC) {
 		if wc.ID&smallBit != 0 {
 			pool = d.small
 		}
+		if wc.Flags&verbs.WCWithInvalidate != 0 && wc.Status == verbs.WCSuccess {
+			d.pools.Invalidated(wc.InvRKey) // whoever has it need not, and a request to do so would fail
+		}
 		b := pool.completed(wc.ID)
 		if b == nil {
 			d.stats.strayCompletions.Inc()

@@ -16,6 +16,7 @@ import (
 	"github.com/openrds/openrds/internal/epoch"
 	"github.com/openrds/openrds/internal/simnet"
 	"github.com/openrds/openrds/internal/slab"
+	"github.com/openrds/openrds/mrpool"
 	"github.com/openrds/openrds/verbs"
 	"github.com/openrds/openrds/verbs/softroce"
 )
@@ -325,10 +326,10 @@ func TestReservation(t *testing.T) {
 func connect(t *testing.T, da, db *Device, kind RecvKind, ha, hb QPHandler) (a, b *QP) {
 	t.Helper()
 	var err error
-	if a, err = da.CreateQP(QPConfig{MaxSendWR: 1024, MaxSendSGE: 1, Recv: kind}, ha); err != nil {
+	if a, err = da.CreateQP(QPConfig{MaxSendWR: 1024, PoolWR: 16, MaxSendSGE: 1, Recv: kind}, ha); err != nil {
 		t.Fatal(err)
 	}
-	if b, err = db.CreateQP(QPConfig{MaxSendWR: 1024, MaxSendSGE: 1, Recv: kind}, hb); err != nil {
+	if b, err = db.CreateQP(QPConfig{MaxSendWR: 1024, PoolWR: 16, MaxSendSGE: 1, Recv: kind}, hb); err != nil {
 		t.Fatal(err)
 	}
 	p := verbs.ConnParam{RetryCount: 6, RNRRetryCount: 7, MinRNRTimer: 10}
@@ -445,6 +446,58 @@ func TestReceive(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestPeerInvalidates: a peer's SEND with invalidate ends a key of ours. Its memory is back as soon as it is given back, without a
+// request, which would fail and take the connection with it.
+func TestPeerInvalidates(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		da, db := r.open(addrA), r.open(addrB)
+		var ha, hb quietHandler
+		a, b := connect(t, da, db, Small, &ha, &hb)
+		chunk, err := r.slab.Alloc(slab.Large)
+		if err != nil {
+			t.Fatal(err)
+		}
+		mem := chunk.Bytes()[:verbs.PageSize]
+		send := func(from *QP, wr verbs.SendWR) {
+			t.Helper()
+			wr.Flags = verbs.SendSignaled
+			if _, err := from.PostSend([]verbs.SendWR{wr}); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		m, err := b.Pool().Map(mrpool.Request{Segs: [][]byte{mem}, Access: verbs.AccessLocalWrite | verbs.AccessRemoteRead})
+		if err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(10 * time.Millisecond)
+		send(a, verbs.SendWR{ID: 1, Opcode: verbs.OpSendWithInv, InvalidateRKey: m.RKey()})
+		told := false
+		if err := m.Unmap(func(err error) { told = err == nil }); err != nil || !told {
+			t.Errorf("unmap: %v, given back at once: %v", err, told)
+		}
+		time.Sleep(10 * time.Millisecond)
+		if s := db.Pools().Stats(); s.Pinned != 0 || s.Small.Ready != 1 {
+			t.Errorf("%+v", s)
+		}
+		send(b, verbs.SendWR{ID: 2, Opcode: verbs.OpSend})
+		got := append(ha.take(), hb.take()...)
+		if len(got) != 2 {
+			t.Errorf("%d messages arrived", len(got))
+		}
+		for _, buf := range got {
+			buf.Put()
+		}
+		chunk.Put()
+		a.Close()
+		b.Close()
+		da.Put()
+		db.Put()
+		r.close()
+	})
 }
 
 // TestRefill: buffers that the slab could not give are posted when it can.
