@@ -121,6 +121,16 @@ func (r *Registry) Lookup(p *epoch.Participant, addr netip.Addr) *Device {
 	return d
 }
 
+// Get is Lookup for who is no participant. It takes the registry's lock, and does not wait.
+func (r *Registry) Get(addr netip.Addr) *Device {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if d := r.table.Load().byAddr[addr]; d != nil && d.refs.TryGet() {
+		return d
+	}
+	return nil
+}
+
 // Open returns the device of addr with a reference, and opens it if need be: the first provider that
 // knows the address does. The error is ErrNoDevice when none does, that of the provider that failed,
 // ErrClosed, or ctx's. May wait.

@@ -60,14 +60,14 @@ func (m Mapping) IOVA() uint64 { return m.iova }
 // Len is how many bytes are mapped.
 func (m Mapping) Len() int { return m.n }
 
-// Valid reports whether m is mapped and, as far as is known, its key works: not given back, and its request has not
-// failed. Advice: it may end at any time.
+// Valid reports whether m is mapped and, as far as is known, its key works: not given back, not invalidated by the peer, and its
+// request has not failed. Advice: it may end at any time.
 func (m Mapping) Valid() bool {
 	if m.it == nil {
 		return false
 	}
 	gen, s := m.it.load()
-	return gen == m.gen && s == stMapped
+	return gen == m.gen && s == stMapped && m.it.gone.Load() != m.gen
 }
 
 // Unmap ends the key: by a request posted at once on the queue pair, by the flush worker for a plain registration, by the
