@@ -114,6 +114,7 @@ func (tr *fakeTransport) Reserve(int) (*conn.Buffer, error) { return nil, conn.E
 func (tr *fakeTransport) TraceReceive(bool)                 {}
 
 func (tr *fakeTransport) FlushMemory(context.Context) error { return nil }
+func (tr *fakeTransport) StartFlush(netip.Addr)             {}
 
 func (tr *fakeTransport) Providers() []verbs.Provider              { return nil }
 func (tr *fakeTransport) Conns() []*conn.Conn                      { return nil }

@@ -15,7 +15,7 @@ import (
 )
 
 // teardownBound is how long Close waits for devices after the last connection is gone; longer means a leaked
-// reference, which the error names.
+// reference, or a reader of the epoch that stays inside, which the error names.
 const teardownBound = 10 * time.Second
 
 // stack is the transport of a Service: everything below the sockets, built here and taken down
@@ -29,7 +29,10 @@ type stack struct {
 }
 
 func openTransport(cfg *Config, k conn.Sink) (transport, error) {
-	st := &stack{epoch: epoch.NewDomain()}
+	log := cfg.Logger.Named("epoch")
+	st := &stack{epoch: epoch.Config{OnStall: func(s epoch.Stall) {
+		log.Error("memory waits for a reader that stays inside", "reader", s.Participant, "for", s.Inside, "waiting", s.Pending, "stacks", s.Stacks)
+	}}.NewDomain()}
 	var err error
 	if st.slab, err = slab.New(slab.Config{MaxBytes: cfg.MaxSlabBytes, Name: "rds"}); err != nil {
 		return nil, errors.Join(err, st.epoch.Close())
@@ -76,6 +79,13 @@ func (st *stack) Register(ctx context.Context, local netip.Addr, mem []byte, pag
 func (st *stack) Reserve(n int) (*conn.Buffer, error) { return st.mgr.Reserve(n) }
 func (st *stack) TraceReceive(on bool)                { st.mgr.TraceReceive(on) }
 
+func (st *stack) StartFlush(local netip.Addr) {
+	if d := st.reg.Get(local); d != nil {
+		d.Pools().StartFlush()
+		d.Put()
+	}
+}
+
 func (st *stack) FlushMemory(ctx context.Context) error { return st.mgr.FlushMemory(ctx) }
 
 func (st *stack) SetCongested(local netip.Addr, port uint16, on bool) {
@@ -102,5 +112,5 @@ func (st *stack) Close(ctx context.Context) (int, error) {
 	n, err := st.mgr.Close(ctx)
 	ctx, cancel := context.WithTimeout(context.Background(), teardownBound)
 	defer cancel()
-	return n, errors.Join(err, st.reg.Close(ctx), st.epoch.Close(), st.slab.Close())
+	return n, errors.Join(err, st.reg.Close(ctx), st.epoch.CloseUntil(ctx.Done()), st.slab.Close())
 }

@@ -384,6 +384,9 @@ func (r *Region) giveBack() {
 	if forget != nil {
 		forget()
 	}
+	if !prompt {
+		r.s.lazy.Store(true)
+	}
 	r.m.Release(prompt, func(err error) {
 		if r.err = err; err == nil {
 			r.pin.Unpin()
@@ -392,7 +395,14 @@ func (r *Region) giveBack() {
 		}
 		close(r.done)
 	})
+	if !prompt && r.s.closed.Load() {
+		r.s.startFlush() // the socket's Close may have been too early for this one
+	}
 }
+
+// startFlush has the memory of regions given back that were freed, and not promptly: nobody else may come to keep them
+// company. The kernel flushes too when a socket closes (rds-protocol spec 3.10).
+func (s *Socket) startFlush() { s.svc.tr.StartFlush(s.la.addr) }
 
 // keep is for memory that the device did not give back, and may touch for ever: it stays pinned where it is. Each time
 // the collector comes for the region it is sent away again.
@@ -434,6 +444,9 @@ func (s *Socket) closeRegions() {
 	t.mu.Unlock()
 	for _, r := range mine {
 		r.free(true)
+	}
+	if s.lazy.Load() {
+		s.startFlush()
 	}
 }
 

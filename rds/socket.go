@@ -54,6 +54,7 @@ type Socket struct {
 	comp      completions
 	mon       congMonitor
 	recvErr   atomic.Bool
+	lazy      atomic.Bool  // regions were freed that wait for company
 	loans     atomic.Int64 // messages lent
 	lentBytes atomic.Int64 // blocks kept by loans
 	reserved  atomic.Int64 // bytes in SendBufs

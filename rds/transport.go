@@ -23,6 +23,8 @@ type transport interface {
 	TraceReceive(on bool)
 	// FlushMemory returns when memory that was released is its owners' again. May wait.
 	FlushMemory(ctx context.Context) error
+	// StartFlush has memory that was released at local given back soon. It does not wait.
+	StartFlush(local netip.Addr)
 	// SetCongested sets or clears the bit of port in the map of local. It does not wait and may be called while a
 	// Sink's method runs.
 	SetCongested(local netip.Addr, port uint16, on bool)
