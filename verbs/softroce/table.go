@@ -2,13 +2,15 @@ package softroce
 
 import (
 	"fmt"
-	"go.uber.org/atomic"
 	"sync"
+
+	"go.uber.org/atomic"
 )
 
 // table maps 24-bit indices (QPNs, key indices) to objects. Reads are two atomic loads and need no
-// lock. The engine reads inside its epoch, so that what it finds stays usable for the step; posters take a reference with
-// TryGet, and the collector keeps what that fails on.
+// lock. What keeps an object usable that was found is not the table: QPs and windows end under the engine role, which the engine
+// has for the step; a region is used with a reference (TryGet), by the engine as by posters; and the collector keeps what
+// is found too late.
 // Writers are serialised by mu. Indices are handed out upwards from a random start and wrap, so
 // that one is not used again soon.
 type table[T any] struct {
