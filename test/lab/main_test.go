@@ -4,6 +4,7 @@ package lab
 
 import (
 	"flag"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -81,6 +82,19 @@ func discardGuest() {
 		_ = shared.g.Close()
 		shared.g = nil
 	}
+}
+
+// goBuild builds a command of this module, named from its root, and returns the program's path.
+func goBuild(t testing.TB, pkg string) string {
+	t.Helper()
+	Need(t)
+	out := workPath(filepath.Base(pkg))
+	cmd := exec.Command("go", "build", "-o", out, "./"+pkg)
+	cmd.Dir = "../.."
+	if text, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("building %s: %v\n%s", pkg, err, text)
+	}
+	return out
 }
 
 // strangers is how many addresses AddHostAddr has given since the first of the guests that run was started.

@@ -56,6 +56,13 @@ func listen(t testing.TB, svc *rds.Service, at netip.AddrPort) *rds.Socket {
 	return s
 }
 
+func setTOS(t testing.TB, s *rds.Socket, tos uint8) {
+	t.Helper()
+	if err := s.SetTypeOfService(tos); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // sizesRDS are lengths around every boundary of the protocol, up to the maximum.
 var sizesRDS = []int{0, 1, 5, 47, 48, 100, 1023, 1024, 4047, 4048, 4095, 4096, 4097, 8191, 8192, 8193, 61392, 65536, 100001, 1<<20 - 1, 1 << 20}
 
@@ -207,6 +214,7 @@ func TestRDSKernelConnects(t *testing.T) {
 	k := newKernelEnd(t, g)
 	svc := service(t)
 	s := listen(t, svc, addrPort(f.host, 4002))
+	setTOS(t, s, 40)
 	// A type of service that was not used before is a connection that was not there before.
 	ks := k.open(OpenArgs{Local: addrPort(f.guest, 0), TOS: 40})
 	var sent Sent
@@ -214,7 +222,6 @@ func TestRDSKernelConnects(t *testing.T) {
 	if err := recvOurs(s, ks.Local, 1, []int{100}); err != nil {
 		t.Fatal(err)
 	}
-	s.SetTypeOfService(40)
 	exchange(t, s, k, ks, []int{1, 5000, 0, 100000})
 	drained(t, s, k)
 }
@@ -229,11 +236,14 @@ func TestRDSDuel(t *testing.T) {
 		s := listen(t, svc, addrPort(f.host, uint16(4100+i)))
 		tos := uint8(50 + i)
 		ks := k.open(OpenArgs{Local: addrPort(f.guest, 0), TOS: tos})
-		s.SetTypeOfService(tos)
+		setTOS(t, s, tos)
 		start := time.Now()
 		exchange(t, s, k, ks, []int{10, 6000})
 		t.Logf("duel %d: %v", i, time.Since(start).Round(time.Millisecond))
 		k.must("Close", ks.ID, &struct{}{})
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
 	}
 }
 
@@ -369,7 +379,7 @@ func TestRDSFlowControl(t *testing.T) {
 		s := listen(t, svc, addrPort(f.host, uint16(4120+i)))
 		g.Sysctl(t, "net.rds.ib.flow_control", on)
 		tos := uint8(70 + i)
-		s.SetTypeOfService(tos)
+		setTOS(t, s, tos)
 		ks := k.open(OpenArgs{Local: addrPort(f.guest, 0), TOS: tos})
 		sizes := make([]int, 600) // more than the kernel's send ring holds
 		for j := range sizes {
@@ -377,5 +387,8 @@ func TestRDSFlowControl(t *testing.T) {
 		}
 		exchange(t, s, k, ks, sizes)
 		drained(t, s, k)
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
 	}
 }
