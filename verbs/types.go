@@ -123,7 +123,7 @@ const (
 	// OpFastRegMR maps SendWR.FastReg.MR (CapMemMgtExtensions). Requests behind it in the queue may use the key.
 	OpFastRegMR
 	// OpLocalInv frees the fast-registration region, or type 2 window, whose key is InvalidateRKey
-	// (CapMemMgtExtensions). It waits for earlier requests of its queue that use that region, for no others.
+	// (CapMemMgtExtensions, CapMW2A, CapMW2B). It waits for earlier requests of its queue that use that region, for no others.
 	OpLocalInv
 	// OpBindMW binds SendWR.Bind.MW (CapMW1, CapMW2A, CapMW2B).
 	OpBindMW
@@ -135,6 +135,23 @@ func (o SendOpcode) String() string {
 		return names[o]
 	}
 	return fmt.Sprintf("SendOpcode(%d)", uint8(o))
+}
+
+// Caps are the capabilities of which a device has one at least if it takes requests of opcode o; 0: every device does.
+func (o SendOpcode) Caps() DeviceCaps {
+	switch o {
+	case OpFastRegMR:
+		return CapMemMgtExtensions
+	case OpLocalInv, OpSendWithInv:
+		return CapMemMgtExtensions | CapMW2A | CapMW2B
+	case OpReadWithInv:
+		return CapReadWithInv
+	case OpBindMW:
+		return CapMW1 | CapMW2A | CapMW2B
+	case OpCompareSwap, OpFetchAdd:
+		return CapAtomics
+	}
+	return 0
 }
 
 // SendFlags modify a send work request.
@@ -239,7 +256,7 @@ type DeviceCaps uint32
 
 // Capabilities.
 const (
-	CapMemMgtExtensions DeviceCaps = 1 << iota // AllocFastRegMR, OpFastRegMR, OpLocalInv, OpSendWithInv
+	CapMemMgtExtensions DeviceCaps = 1 << iota // AllocFastRegMR, AllocPageList, OpFastRegMR, OpLocalInv, OpSendWithInv
 	CapReadWithInv
 	CapMW1
 	CapMW2A

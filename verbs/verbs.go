@@ -154,7 +154,7 @@ type PD interface {
 	// peer's SEND with invalidate free again. Its keys are those of the last registration executed.
 	// ErrNotSupported without CapMemMgtExtensions.
 	AllocFastRegMR(maxPages int) (MR, error)
-	// AllocPageList makes a list for up to maxPages pages.
+	// AllocPageList makes a list for up to maxPages pages. ErrNotSupported without CapMemMgtExtensions.
 	AllocPageList(maxPages int) (PageList, error)
 	// AllocMW makes a memory window. ErrNotSupported if the device has no such type.
 	AllocMW(t MWType) (MW, error)
@@ -240,7 +240,7 @@ type QP interface {
 	// memory they name belongs to the QP until the WC with the same ID (or a later one) was polled.
 	//
 	// If n < len(wrs), err says why wrs[n] was refused and wrs[n:] were not queued: ErrSQFull, a
-	// *StateError, ErrInvalid. Requests posted in ERR are queued and flushed. Batches from
+	// *StateError, ErrInvalid, ErrNotSupported (SendOpcode.Caps). Requests posted in ERR are queued and flushed. Batches from
 	// different goroutines do not interleave.
 	//
 	// Source: ibv_post_send(3).

@@ -3,7 +3,7 @@
 //
 // It does nothing a provider might not do by the letter of package verbs: calls fail, take their time,
 // or take part of a batch; completions come late, and those of different QPs in another order;
-// a request fails; a QP errs; a device dies or is unplugged. With no fault set it is the provider it wraps and passes verbstest; with
+// a request fails; a QP errs; a device dies or is unplugged, or lacks what others have. With no fault set it is the provider it wraps and passes verbstest; with
 // delayed and shuffled completions it passes as well.
 //
 //	var faults faultverbs.Faults
@@ -98,6 +98,8 @@ type Faults struct {
 	mu       sync.Mutex
 	rules    []*rule
 	wrRules  []*wrRule
+
+	without atomic.Uint32 // verbs.DeviceCaps
 
 	wcDelay   atomic.Duration // of completions
 	wcShuffle atomic.Bool
@@ -252,6 +254,15 @@ func (f *Faults) call(op Op) error {
 		time.Sleep(delay)
 	}
 	return err
+}
+
+// Without makes devices that are opened from now on lack caps: they do not announce them, and what takes them fails with
+// verbs.ErrNotSupported. Requests of peers are the provider's affair, as ever.
+func (f *Faults) Without(caps verbs.DeviceCaps) {
+	if caps&verbs.CapMemMgtExtensions != 0 {
+		caps |= verbs.CapReadWithInv // which has nothing to invalidate then
+	}
+	f.without.Store(uint32(caps))
 }
 
 // BreakQP makes the connection of vq fail: the oldest send request whose completion has not been polled

@@ -48,6 +48,14 @@ func TestVerbsLateCompletions(t *testing.T) {
 	})
 }
 
+// A device that lacks what is optional passes: what needs it is skipped, or is refused as verbs has it.
+func TestVerbsWithout(t *testing.T) {
+	const windows, all = verbs.CapMW1 | verbs.CapMW2A | verbs.CapMW2B, ^verbs.DeviceCaps(0)
+	for name, caps := range map[string]verbs.DeviceCaps{"fast registration": verbs.CapMemMgtExtensions, "windows": windows, "all": all} {
+		t.Run(name, func(t *testing.T) { suite(t, func(f *faultverbs.Faults) { f.Without(caps) }) })
+	}
+}
+
 var errTest = errors.New("the test says no")
 
 // world is two devices with a pair of connected QPs, built step by step so that any step may fail.

@@ -40,7 +40,16 @@ func (p *provider) OpenDevice(addr netip.Addr) (verbs.Device, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &device{Device: d, f: p.f, qps: map[verbs.QP]*qp{}, cqs: map[verbs.CQ]*cq{}, srqs: map[verbs.SRQ]*srq{}}, nil
+	attr := d.Attr()
+	without := attr.Caps & verbs.DeviceCaps(p.f.without.Load())
+	attr.Caps &^= without
+	if attr.Caps&verbs.CapMemMgtExtensions == 0 {
+		attr.MaxFastRegPageListLen = 0
+	}
+	if attr.Caps&verbs.OpBindMW.Caps() == 0 {
+		attr.MaxMW = 0
+	}
+	return &device{Device: d, f: p.f, attr: attr, without: without, qps: map[verbs.QP]*qp{}, cqs: map[verbs.CQ]*cq{}, srqs: map[verbs.SRQ]*srq{}}, nil
 }
 
 // WatchDevices implements verbs.DeviceWatcher for providers that do.
@@ -61,6 +70,9 @@ type device struct {
 	f    *Faults
 	dead atomic.Bool
 
+	attr    verbs.DeviceAttr
+	without verbs.DeviceCaps // what it had
+
 	mu        sync.Mutex
 	qps       map[verbs.QP]*qp // by the provider's object, to be found by events
 	cqs       map[verbs.CQ]*cq
@@ -79,6 +91,16 @@ func (d *device) call(op Op) error {
 		err = ErrDeviceGone
 	}
 	return err
+}
+
+func (d *device) Attr() verbs.DeviceAttr { return d.attr }
+
+// lacks is the refusal of what takes one of caps, if it has been taken from the device.
+func (d *device) lacks(caps verbs.DeviceCaps, what string) error {
+	if caps&d.without != 0 && caps&d.attr.Caps == 0 {
+		return fmt.Errorf("%s: %w", what, verbs.ErrNotSupported)
+	}
+	return nil
 }
 
 func (d *device) AllocPD() (verbs.PD, error) {
@@ -250,11 +272,17 @@ func (p *pd) RegOnDemandMR(mem verbs.PagedMemory, iova uint64, access verbs.Acce
 	if err := p.d.call(RegOnDemandMR); err != nil {
 		return nil, err
 	}
+	if err := p.d.lacks(verbs.CapOnDemandPaging, "register on-demand memory"); err != nil {
+		return nil, err
+	}
 	return p.wrapMR(p.PD.RegOnDemandMR(mem, iova, access))
 }
 
 func (p *pd) AllocFastRegMR(maxPages int) (verbs.MR, error) {
 	if err := p.d.call(AllocFastRegMR); err != nil {
+		return nil, err
+	}
+	if err := p.d.lacks(verbs.CapMemMgtExtensions, "allocate region"); err != nil {
 		return nil, err
 	}
 	return p.wrapMR(p.PD.AllocFastRegMR(maxPages))
@@ -271,11 +299,17 @@ func (p *pd) AdviseMR(a verbs.Advice, sgs []verbs.SGE) error {
 	if err := p.d.call(AdviseMR); err != nil {
 		return err
 	}
+	if err := p.d.lacks(verbs.CapOnDemandPaging, "advise"); err != nil {
+		return err
+	}
 	return p.PD.AdviseMR(a, sgs)
 }
 
 func (p *pd) AllocPageList(maxPages int) (verbs.PageList, error) {
 	if err := p.d.call(AllocPageList); err != nil {
+		return nil, err
+	}
+	if err := p.d.lacks(verbs.CapMemMgtExtensions, "allocate page list"); err != nil {
 		return nil, err
 	}
 	inner, err := p.PD.AllocPageList(maxPages)
@@ -289,12 +323,17 @@ func (p *pd) AllocMW(t verbs.MWType) (verbs.MW, error) {
 	if err := p.d.call(AllocMW); err != nil {
 		return nil, err
 	}
+	if err := p.d.lacks(capOfWindow[t], "allocate window: "+t.String()); err != nil {
+		return nil, err
+	}
 	inner, err := p.PD.AllocMW(t)
 	if err != nil {
 		return nil, err
 	}
 	return &mw{inner, p.d}, nil
 }
+
+var capOfWindow = map[verbs.MWType]verbs.DeviceCaps{verbs.MWType1: verbs.CapMW1, verbs.MWType2A: verbs.CapMW2A, verbs.MWType2B: verbs.CapMW2B}
 
 func (p *pd) CreateSRQ(cfg verbs.SRQConfig) (verbs.SRQ, error) {
 	if err := p.d.call(CreateSRQ); err != nil {
@@ -509,6 +548,19 @@ func (q *qp) PostSend(wrs []verbs.SendWR) (int, error) {
 
 func (q *qp) post(wrs []verbs.SendWR) (n int, err error) {
 	f := q.pd.d.f
+	if q.pd.d.without != 0 {
+		for i := range wrs {
+			if err = q.pd.d.lacks(wrs[i].Opcode.Caps(), wrs[i].Opcode.String()); err == nil {
+				continue
+			}
+			if i > 0 {
+				if n, e := q.post(wrs[:i]); e != nil {
+					return n, e
+				}
+			}
+			return i, err
+		}
+	}
 	if f.armedWRs.Load() == 0 && !slices.ContainsFunc(wrs, namesObjects) {
 		q.note(wrs)
 		return q.QP.PostSend(wrs)

@@ -565,13 +565,47 @@ func (e *end) to(s verbs.QPState) {
 	e.l.must(fmt.Sprintf("QP of %s to %v", e.name, s), e.qp.Modify(verbs.QPAttr{State: s}, verbs.QPStateBit))
 }
 
-// send posts wrs, all of which must be taken.
+// send posts wrs, all of which must be taken. The case is skipped if the device has no such requests.
 func (e *end) send(wrs ...verbs.SendWR) {
 	e.l.Helper()
-	if n, err := e.qp.PostSend(wrs); n != len(wrs) || err != nil {
-		e.l.Fatalf("post %d sends on %s: took %d, %v", len(wrs), e.name, n, err)
+	e.l.posted(e.post(wrs...))
+}
+
+// post is send for other goroutines than the case's: the caller hands the error to posted there.
+func (e *end) post(wrs ...verbs.SendWR) error {
+	n, err := e.qp.PostSend(wrs)
+	switch {
+	case n == len(wrs) && err == nil:
+		return nil
+	case n < len(wrs) && e.lacks(wrs[n].Opcode) && errors.Is(err, verbs.ErrNotSupported):
+		return &lackError{e.name, wrs[n].Opcode}
+	}
+	return fmt.Errorf("post on %s: took %d of %d: %w", e.name, n, len(wrs), err)
+}
+
+// posted fails the case for an error of post, or skips it if requests are missing that a device need not have.
+func (l *lab) posted(err error) {
+	l.Helper()
+	var lack *lackError
+	if errors.As(err, &lack) {
+		l.Skip(lack)
+	}
+	if err != nil {
+		l.Fatal(err)
 	}
 }
+
+// lacks reports whether the device need not take requests of opcode op, as far as its capabilities say.
+func (n *node) lacks(op verbs.SendOpcode) bool {
+	return op.Caps() != 0 && op.Caps()&n.dev.Attr().Caps == 0
+}
+
+type lackError struct {
+	name string
+	op   verbs.SendOpcode
+}
+
+func (e *lackError) Error() string { return fmt.Sprintf("%s has no %v", e.name, e.op) }
 
 // recv posts wrs, all of which must be taken.
 func (e *end) recv(wrs ...verbs.RecvWR) {

@@ -80,6 +80,20 @@ func capabilities(l *lab) {
 			l.wantErr("advice", n.pd.AdviseMR(verbs.AdvisePrefetch, nil), verbs.ErrNotSupported)
 		}
 	}
+	p := l.pair()
+	mem := l.a.region(8, verbs.AccessLocalWrite)
+	for op := verbs.OpSend; op <= verbs.OpBindMW; op++ {
+		if l.a.lacks(op) {
+			n, err := p.a.qp.PostSend([]verbs.SendWR{sendWR(1, nil), {ID: 2, Opcode: op, Flags: verbs.SendSignaled, SGs: []verbs.SGE{mem.sge(0, 8)}}})
+			if n != 1 {
+				l.Errorf("%v: %d requests were taken", op, n)
+			}
+			l.wantErr(op.String(), err, verbs.ErrNotSupported)
+			p.b.recvEmpty(1)
+			p.a.wantSent("what was before it", 1, verbs.WCSend)
+			p.b.wantRecvd("what was before it", 1, 0)
+		}
+	}
 }
 
 // sendQueueFull fills the queue of a QP whose peer takes nothing.
@@ -166,6 +180,9 @@ func badRequests(l *lab) {
 	refuse("opcode 0", verbs.SendWR{})
 	refuse("an unknown opcode", verbs.SendWR{Opcode: 200})
 	for _, op := range []verbs.SendOpcode{verbs.OpFetchAdd, verbs.OpCompareSwap} {
+		if l.a.lacks(op) {
+			continue
+		}
 		for _, n := range []int{0, 4, 7, 9, 16} {
 			refuse(fmt.Sprintf("a %v with a result of %d bytes", op, n), remoteWR(1, op, r.sg(0, n), target, 0))
 		}

@@ -150,7 +150,7 @@ func deregisterAfterRead(l *lab) {
 			p.a.send(remoteWR(1, verbs.OpRead, sink.sg(0, n), src, 0), tell)
 			p.b.wantRecvd("the peer says it has read", 20, 0)
 			l.deregister("then the region can go", src)
-			clear(src.mem) // ours again
+			clear(src.mem)  // ours again
 			if fence == 0 { // it had only asked
 				p.wholeOrError(sink, data)
 				continue

@@ -54,14 +54,7 @@ func (l *lab) together(fs ...func() error) {
 		wg.Go(func() { errs[i] = f() })
 	}
 	wg.Wait()
-	l.must("concurrent work", errors.Join(errs...))
-}
-
-func (e *end) post(wrs ...verbs.SendWR) error {
-	if n, err := e.qp.PostSend(wrs); n != len(wrs) || err != nil {
-		return fmt.Errorf("post on %s: took %d of %d: %w", e.name, n, len(wrs), err)
-	}
-	return nil
+	l.posted(errors.Join(errs...))
 }
 
 // stressFetchAdd: concurrent additions by several QPs of both devices sum up, and every result is

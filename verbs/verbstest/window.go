@@ -20,11 +20,7 @@ func type2(t verbs.MWType) bool { return t != verbs.MWType1 }
 
 func windowCases() (cases []testcase) {
 	add := func(t verbs.MWType, name string, run func(*lab, verbs.MWType)) {
-		caps := capOfMW[t]
-		if type2(t) {
-			caps |= verbs.CapMemMgtExtensions // what frees it
-		}
-		cases = append(cases, testcase{fmt.Sprintf("%v/%s", t, name), needs(caps, func(l *lab) { run(l, t) })})
+		cases = append(cases, testcase{fmt.Sprintf("%v/%s", t, name), needs(capOfMW[t], func(l *lab) { run(l, t) })})
 	}
 	ext := func(run func(*lab, verbs.MWType)) func(*lab, verbs.MWType) {
 		return func(l *lab, t verbs.MWType) { needs(verbs.CapMemMgtExtensions, func(l *lab) { run(l, t) })(l) }
