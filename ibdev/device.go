@@ -95,7 +95,7 @@ func openDevice(r *Registry, addr netip.Addr, vdev verbs.Device) (_ *Device, err
 	if d.large, err = newRecvPool(d, LargeRecv, 0, r.cfg.Large); err != nil {
 		return nil, err
 	}
-	d.pools, err = mrpool.New(mrpool.Config{Device: vdev, PD: d.pd, Attr: d.attr, Epoch: r.cfg.Epoch, Ref: (*mrRef)(d), Logger: r.logger.Named("mrpool"),
+	d.pools, err = mrpool.New(mrpool.Config{PD: d.pd, Attr: d.attr, Epoch: r.cfg.Epoch, Ref: (*mrRef)(d), Logger: r.logger.Named("mrpool"),
 		Small: r.cfg.Pools.Small, Large: r.cfg.Pools.Large, MaxPinned: r.cfg.Pools.MaxPinned})
 	if err != nil {
 		return nil, err

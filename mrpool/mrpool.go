@@ -49,7 +49,6 @@ type PoolConfig struct {
 
 // Config are the parameters of New.
 type Config struct {
-	Device verbs.Device // not used yet but for its name
 	PD     verbs.PD
 	Attr   verbs.DeviceAttr
 	Epoch  *epoch.Domain // nil: no reader looks regions up under one

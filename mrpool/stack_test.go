@@ -218,20 +218,42 @@ func simProvider(t *testing.T, f *faultverbs.Faults) verbs.Provider {
 	return faultverbs.Wrap(softroce.New(softroce.Config{Network: net}), f)
 }
 
-// TestSoftroce: a peer uses keys of each way, and none of them once the owner was told.
+// TestSoftroce: a peer uses keys of each way, on devices that have fast registration and windows, one of them, or neither; and
+// none of the keys once the owner was told.
 func TestSoftroce(t *testing.T) {
-	for _, name := range []string{"fast registration", "window", "plain registration"} {
-		t.Run(name, func(t *testing.T) {
+	const fast, windows = verbs.CapMemMgtExtensions, verbs.CapMW1 | verbs.CapMW2A | verbs.CapMW2B
+	for _, c := range []struct {
+		name    string
+		without verbs.DeviceCaps
+		over    bool // a registration is offered
+		on      bool // the queue pair
+		want    kind
+	}{
+		{"fast registration", 0, false, true, byFastReg},
+		{"window", 0, true, true, byWindow},
+		{"plain registration", 0, false, false, byRegistration},
+		{"windows only, nothing offered", fast, false, true, byRegistration},
+		{"windows only", fast, true, true, byWindow},
+		{"no windows", windows, true, true, byFastReg},
+		{"neither", fast | windows, true, true, byRegistration},
+	} {
+		t.Run(c.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				s := newStack(simProvider(t, new(faultverbs.Faults)), "10.0.0.1", "10.0.0.2")
+				f := new(faultverbs.Faults)
+				f.Without(c.without)
+				s := newStack(simProvider(t, f), "10.0.0.1", "10.0.0.2")
 				if err := s.open(); err != nil {
 					t.Fatal(err)
 				}
 				defer s.close(t)
 				var over Mapping
 				var err error
-				if name == "window" {
-					if over, err = s.ps.Register(context.Background(), s.mem, 0, rw|verbs.AccessMWBind); err != nil {
+				if c.over {
+					access := rw
+					if c.want == byWindow {
+						access |= verbs.AccessMWBind
+					}
+					if over, err = s.ps.Register(context.Background(), s.mem, 0, access); err != nil {
 						t.Fatal(err)
 					}
 				}
@@ -241,16 +263,19 @@ func TestSoftroce(t *testing.T) {
 					clear(b)
 					var m Mapping
 					iova := uint64(uintptr(unsafe.Pointer(&b[0]))) & (verbs.PageSize - 1)
-					if over.it != nil {
+					if c.over {
 						iova = 0
 					}
-					if name == "plain registration" {
+					if !c.on {
 						m, err = s.ps.Register(context.Background(), b, iova, rw)
 					} else {
 						m, err = s.q.Map(Request{Segs: [][]byte{b}, IOVA: iova, Access: rw, Over: over})
 					}
 					if err != nil {
 						t.Fatal(err)
+					}
+					if m.it.kind != c.want {
+						t.Fatalf("mapped by way %d, want %d", m.it.kind, c.want)
 					}
 					if err := s.peer(verbs.OpWrite, m.RKey(), m.IOVA(), m.Len()); err != nil {
 						t.Fatalf("peer's WRITE: %v", err)
@@ -271,14 +296,14 @@ func TestSoftroce(t *testing.T) {
 					}
 					last = m.RKey()
 				}
-				if s := s.ps.Stats(); s.Small.Alloc > 1 && name != "plain registration" && name != "window" {
+				if s := s.ps.Stats(); s.Small.Alloc > 1 && c.want == byFastReg {
 					t.Errorf("%d regions for one at a time", s.Small.Alloc)
 				}
 				var wc *verbs.WCError
 				if err := s.peer(verbs.OpWrite, last, 0, 8); !errors.As(err, &wc) || wc.Status != verbs.WCRemAccessErr {
 					t.Errorf("peer's WRITE after the owner was told: %v", err)
 				}
-				if over.it != nil {
+				if c.over {
 					if err := over.Unmap(nil); err != nil {
 						t.Error(err)
 					}
@@ -346,12 +371,20 @@ type untold struct{ told, of int }
 
 func (e *untold) Error() string { return "owners were not told" }
 
-// TestEveryCallFails fails the n-th call of the device for each n, whatever it is. Owners are told and nothing is left.
+// TestEveryCallFails fails the n-th call of the device for each n, whatever it is, on devices of each kind. Owners are told and
+// nothing is left.
 func TestEveryCallFails(t *testing.T) {
+	for name, without := range map[string]verbs.DeviceCaps{"all": 0, "windows": verbs.CapMemMgtExtensions, "neither": ^verbs.DeviceCaps(0)} {
+		t.Run(name, func(t *testing.T) { everyCallFails(t, without) })
+	}
+}
+
+func everyCallFails(t *testing.T, without verbs.DeviceCaps) {
 	failed := 0
 	for n, done := 1, false; !done && !t.Failed(); n++ {
 		synctest.Test(t, func(t *testing.T) {
 			f := new(faultverbs.Faults)
+			f.Without(without)
 			s := newStack(simProvider(t, f), "10.0.0.1", "10.0.0.2")
 			f.Fail(faultverbs.Any, n, errFault)
 			err := s.open()
