@@ -26,9 +26,9 @@ func (c *Conn) ackedLocked(ack uint64, r *released) {
 	c.emptyLocked()
 }
 
-// emptyLocked tells Manager.Close, which waits for that, that nothing is queued.
+// emptyLocked tells Manager.Close, which waits for that, that nothing of anybody's is queued.
 func (c *Conn) emptyLocked() {
-	if c.ctl.drained != nil && c.q.una == c.q.tail {
+	if c.ctl.drained != nil && !c.q.owes() {
 		close(c.ctl.drained)
 		c.ctl.drained = nil
 	}

@@ -367,8 +367,9 @@ func (m *Manager) Close(ctx context.Context) (abandoned int, err error) {
 	conns := m.conns()
 	// 2. Linger. Peers may still connect to fetch what is queued for them, and have their messages
 	// acknowledged.
+	moment := time.Now().Add(lingerLeast)
 	for _, c := range conns {
-		c.linger(ctx)
+		c.linger(ctx, moment)
 	}
 	// 3. No more requests, and none in progress.
 	close(m.done)
@@ -408,10 +409,11 @@ func (m *Manager) Close(ctx context.Context) (abandoned int, err error) {
 	return m.abandon, m.closeErr
 }
 
-// linger waits until the queue is empty and what we have received is acknowledged, or ctx is done.
-func (c *Conn) linger(ctx context.Context) {
+// linger waits until everything written is acknowledged, or ctx is done, and what we have received too; for that there is
+// time until moment in any case.
+func (c *Conn) linger(ctx context.Context, moment time.Time) {
 	c.mu.Lock()
-	if c.q.una != c.q.tail {
+	if c.q.owes() {
 		wait := make(chan struct{})
 		c.ctl.drained = wait
 		c.flush = true
@@ -435,7 +437,7 @@ func (c *Conn) linger(ctx context.Context) {
 		owed = owed && (c.up || c.state.load() == Connecting)
 		l := c.link
 		c.transmitLocked()
-		if !owed && (l == nil || l.InFlight() == 0) || ctx.Err() != nil {
+		if !owed && (l == nil || l.InFlight() == 0) || ctx.Err() != nil && time.Now().After(moment) {
 			return
 		}
 		time.Sleep(lingerPause)
@@ -447,6 +449,9 @@ func (c *Conn) linger(ctx context.Context) {
 const (
 	lingerPause = time.Millisecond
 	lingerLooks = 500
+	// lingerLeast is for acknowledgements of who has no time to linger: what its peers have sent again, and connect for, nobody
+	// will ever receive.
+	lingerLeast = 20 * time.Millisecond
 )
 
 // close ends the connection for good and returns how many messages it abandoned.

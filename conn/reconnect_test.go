@@ -341,6 +341,55 @@ func TestCloseLingers(t *testing.T) {
 	})
 }
 
+// TestCloseOwesNobody: Close does not wait for answers of the connection's own to a peer that has gone, nor count them.
+func TestCloseOwesNobody(t *testing.T) {
+	bubble(t, 5, quick, func(t *testing.T, net *simnet.Net) {
+		a, b := newHost(t, net, addrA), newHost(t, net, addrB)
+		if _, err := b.conn(addrA).Ping(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Second)
+		net.Partition(addrA, addrB)
+		c := a.conn(addrB)
+		c.pong(4000)
+		c.mu.Lock()
+		c.pingLocked(nil)
+		c.flush = true
+		c.transmitLocked()
+		start := time.Now()
+		if n := a.close(10 * time.Second); n != 0 {
+			t.Errorf("%d abandoned", n)
+		}
+		if d := time.Since(start); d > time.Second {
+			t.Errorf("Close took %v", d)
+		}
+		b.close(0)
+	})
+}
+
+// TestCloseAcknowledges: who closes at once has acknowledged what it has received, so that its peer need not come back.
+func TestCloseAcknowledges(t *testing.T) {
+	for _, dialect := range []Dialect{DialectOpen, DialectKernelOnly} {
+		for seed := range uint64(8) {
+			bubble(t, seed, quick, func(t *testing.T, net *simnet.Net) {
+				mod := func(o *hostOptions) { o.cfg.Dialect = dialect }
+				a, b := newHost(t, net, addrA, mod), newHost(t, net, addrB, mod)
+				ab := &stream{port: 4001, rng: rand.New(rand.NewPCG(1, seed))}
+				ab.send(t, a.conn(addrB), 30)
+				for b.sink.len() < 30 {
+					time.Sleep(time.Microsecond)
+				}
+				b.close(0)
+				if n, _ := ab.owner.get(); n != ab.sent {
+					t.Errorf("%d of %d acknowledged", n, ab.sent)
+				}
+				checkStreams(t, b.sink.take(), ab)
+				a.close(0)
+			})
+		}
+	}
+}
+
 func (h *host) conn2(remote netip.Addr) error {
 	_, err := h.m.Get(h.addr, netip.MustParseAddr("10.77.0.99"), 0)
 	return err

@@ -531,7 +531,21 @@ func (q *sendQueue) rewind() {
 	}
 }
 
-// drop takes off everything, into r, as far as r has room and payloads are not being copied. It reports whether the queue is empty.
+// ours reports whether a message is a ping or pong of the connection's own, which nobody has written.
+func (m *msg) ours() bool { return m.sport == 0 || m.sport == PingSourcePort && m.dport == 0 }
+
+// owes reports whether there is anything that somebody has written, and not cancelled.
+func (q *sendQueue) owes() bool {
+	for s := q.una; s != q.tail; s++ {
+		if m := q.msg(s); m.flags&msgCancelled == 0 && !m.ours() {
+			return true // most often the first
+		}
+	}
+	return false
+}
+
+// drop takes off everything, into r, as far as r has room and payloads are not being copied. It returns how many messages of others
+// there were, and whether the queue is empty.
 // There is no connection any more.
 func (q *sendQueue) drop(r *released) (n int, empty bool) {
 	for q.una != q.tail {
@@ -539,7 +553,7 @@ func (q *sendQueue) drop(r *released) (n int, empty bool) {
 		if m.flags&msgReady == 0 || !r.add(m.owner, int(m.len)) {
 			break
 		}
-		if m.flags&msgCancelled == 0 {
+		if m.flags&msgCancelled == 0 && !m.ours() {
 			n++
 		}
 		q.pop(m, r)
