@@ -33,6 +33,9 @@ func TestCommandChaos(t *testing.T) {
 				t.Errorf("the report does not say that all went well:\n%s", stdout)
 			}
 			for _, r := range rep.Runs {
+				if r.Retransmits > 1<<40 || r.Drops > 1<<40 {
+					t.Errorf("%v: %d resent, %d dropped: counters went backwards", &r, r.Retransmits, r.Drops)
+				}
 				if r.Removals == 0 || !r.Verified {
 					t.Errorf("%s %d B %s: %d removals, verified %v", r.over(), r.Size, r.Test, r.Removals, r.Verified)
 				}

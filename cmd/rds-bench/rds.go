@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"sync"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -93,11 +94,42 @@ type rdsEndpoint struct {
 	t     *rdsTransport
 	local netip.Addr
 	socks []*rds.Socket // by flow
+
+	mu   sync.Mutex
+	gone counters // of devices that have gone, which take theirs with them; guarded by mu
 }
 
+// goneTimeout bounds how long a removed device may stay in sight. It takes microseconds.
+const goneTimeout = 5 * time.Second
+
 // unplug and plug implement pluggable.
-func (e *rdsEndpoint) unplug() error { return e.t.provider.Remove(e.local) }
-func (e *rdsEndpoint) plug() error   { return e.t.provider.Add(e.local) }
+func (e *rdsEndpoint) unplug() error {
+	e.mu.Lock() // whoever counts meanwhile would count the device twice, or not at all
+	defer e.mu.Unlock()
+	last := deviceCounters(e.t.svc.Stats().Devices)
+	if err := e.t.provider.Remove(e.local); err != nil {
+		return err
+	}
+	for deadline := time.Now().Add(goneTimeout); len(e.t.svc.Stats().Devices) > 0; time.Sleep(100 * time.Microsecond) {
+		if time.Now().After(deadline) {
+			return fmt.Errorf("the device of %v is still there %v after its removal", e.local, goneTimeout)
+		}
+	}
+	e.gone.retransmits += last.retransmits
+	e.gone.drops += last.drops
+	return nil
+}
+
+func (e *rdsEndpoint) plug() error { return e.t.provider.Add(e.local) }
+
+func deviceCounters(devices map[string]map[string]uint64) counters {
+	var n counters
+	for _, dev := range devices {
+		n.retransmits += dev["retransmits"]
+		n.drops += dev["rx_socket_drops"] + dev["rx_malformed"] + dev["rx_bad_icrc"] + dev["rx_bad_df"]
+	}
+	return n
+}
 
 func (e *rdsEndpoint) addrs() []netip.AddrPort {
 	var out []netip.AddrPort
@@ -121,16 +153,14 @@ func (e *rdsEndpoint) connect(_ context.Context, peers []netip.AddrPort) ([]flow
 
 // counters are of the whole Service, of which this run is the only user.
 func (e *rdsEndpoint) counters() counters {
+	e.mu.Lock()
+	defer e.mu.Unlock()
 	st := e.t.svc.Stats()
-	n := counters{
-		retransmits: st.Conn.SendRetransmit,
-		drops:       st.RecvDropNoSock + st.RecvDropDeadSock + st.Conn.RecvDropBadChecksum,
+	dev := deviceCounters(st.Devices)
+	return counters{
+		retransmits: e.gone.retransmits + dev.retransmits + st.Conn.SendRetransmit,
+		drops:       e.gone.drops + dev.drops + st.RecvDropNoSock + st.RecvDropDeadSock + st.Conn.RecvDropBadChecksum,
 	}
-	for _, dev := range st.Devices {
-		n.retransmits += dev["retransmits"]
-		n.drops += dev["rx_socket_drops"] + dev["rx_malformed"] + dev["rx_bad_icrc"] + dev["rx_bad_df"]
-	}
-	return n
 }
 
 func (e *rdsEndpoint) close() error {
