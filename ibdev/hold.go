@@ -137,6 +137,7 @@ func (d *Device) OnRemove(fn func()) (cancel func()) {
 // has been torn down or ctx ends. It waits for nobody to let go: the error is an audit, a *verbs.BusyError beside ctx's
 // that names what is still held, and the device goes when that does. May wait.
 func (d *Device) Close(ctx context.Context) error {
+	d.reg.cfg.Epoch.MayWait("Device.Close")
 	d.reg.remove(d, verbs.EventDeviceRemoved, false)
 	d.Put()
 	return d.wait(ctx)

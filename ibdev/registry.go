@@ -135,6 +135,7 @@ func (r *Registry) Get(addr netip.Addr) *Device {
 // knows the address does. The error is ErrNoDevice when none does, that of the provider that failed,
 // ErrClosed, or ctx's. May wait.
 func (r *Registry) Open(ctx context.Context, addr netip.Addr) (*Device, error) {
+	r.cfg.Epoch.MayWait("Registry.Open")
 	addr = addr.Unmap()
 	// Before the first look at an address, so that none comes unnoticed after it.
 	r.watch.Do(r.startWatching)
@@ -419,6 +420,7 @@ func (r *Registry) Park() {
 // held, naming the holders, beside ctx's. It may be called again, and returns nil once everything is
 // gone. May wait.
 func (r *Registry) Close(ctx context.Context) error {
+	r.cfg.Epoch.MayWait("Registry.Close")
 	r.mu.Lock()
 	r.closed = true
 	stops := r.stops

@@ -243,8 +243,16 @@ func (ps *Pools) attempt(try func() (Mapping, error)) (Mapping, error) {
 	return m, err
 }
 
+// mayWait refuses the handlers' goroutines what may wait: see epoch.Domain.MayWait.
+func (ps *Pools) mayWait(op string) {
+	if ps.cfg.Epoch != nil {
+		ps.cfg.Epoch.MayWait(op)
+	}
+}
+
 // wait calls try until it does not meet a bound, at most MaxWait long.
 func (ps *Pools) wait(ctx context.Context, p *pool, try func() (Mapping, error)) (Mapping, error) {
+	ps.mayWait("memory region pools: a request that waits")
 	m, err := ps.attempt(try)
 	if !atBound(err) {
 		return m, err
@@ -281,6 +289,7 @@ func atBound(err error) bool {
 // Flush invalidates and unpins everything that was freed before the call, and returns when that has been tried; a region
 // whose queue is stuck may be left. The caller holds a reference to the device. May wait.
 func (ps *Pools) Flush(ctx context.Context) error {
+	ps.mayWait("memory region pools: Flush")
 	for _, p := range ps.pools() {
 		select {
 		case <-p.flush.round():
@@ -326,6 +335,7 @@ func (ps *Pools) Invalidated(key verbs.RKey) bool {
 // is done. The caller is inside no epoch. May wait, as long as there is a reader of the epoch that stays inside: the memory may be
 // in use.
 func (ps *Pools) Close() error {
+	ps.mayWait("memory region pools: Close")
 	ps.closing.Lock()
 	defer ps.closing.Unlock()
 	// 1. Nothing new.

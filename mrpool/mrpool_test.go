@@ -250,6 +250,44 @@ func TestMisuse(t *testing.T) {
 	}
 }
 
+// TestHandlersMayNotWait: what waits is refused where completion handlers run, inside an epoch, whether it would have to wait or
+// not. What does not wait is not.
+func TestHandlersMayNotWait(t *testing.T) {
+	r := newRig(t)
+	q, f := r.qp(16)
+	engine := r.epoch.Register("engine")
+	engine.Enter()
+	ctx, req := context.Background(), Request{Segs: r.pages(0, 1), Access: rw}
+	m, err := q.Map(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Unmap(nil); err != nil {
+		t.Fatal(err)
+	}
+	if invariants.Enabled {
+		for op, call := range map[string]func(){
+			"Register": func() { r.ps.Register(ctx, r.mem, 0, rw) },
+			"MapWait":  func() { q.MapWait(ctx, req) },
+			"Flush":    func() { r.ps.Flush(ctx) },
+			"Close":    func() { r.ps.Close() },
+		} {
+			func() {
+				defer func() {
+					if s := fmt.Sprint(recover()); !strings.HasPrefix(s, "BUG: epoch") || !strings.Contains(s, `"engine", which is inside`) {
+						t.Errorf("%s: %s", op, s)
+					}
+				}()
+				call()
+			}()
+		}
+	}
+	engine.Exit()
+	engine.Unregister()
+	gone(q, f)
+	r.shut()
+}
+
 // TestOldGenerationIgnored: a completion of a request that is not outstanding changes nothing.
 func TestOldGenerationIgnored(t *testing.T) {
 	r := newRig(t)

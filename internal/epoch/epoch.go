@@ -135,11 +135,9 @@ func (d *Domain) Pending() int { return int(d.pending.Load()) }
 // Throttle waits while the garbage is at its bound, and returns ctx's error if that ends first. The
 // caller is not inside: it would wait for itself.
 func (d *Domain) Throttle(ctx context.Context) error {
+	d.MayWait("Throttle")
 	if d.pending.Load() < int64(d.cfg.MaxPending) {
 		return nil
-	}
-	if invariants.Enabled {
-		d.refuseInside("Throttle")
 	}
 	for {
 		d.mu.Lock()
@@ -168,9 +166,7 @@ func (d *Domain) Synchronize() { d.SynchronizeUntil(nil) }
 // SynchronizeUntil is Synchronize for who cannot wait for a reader that stays. It returns false if stop is closed first: there
 // has been no grace period then, and nothing may be freed.
 func (d *Domain) SynchronizeUntil(stop <-chan struct{}) bool {
-	if invariants.Enabled {
-		d.refuseInside("Synchronize")
-	}
+	d.MayWait("Synchronize")
 	return d.wait(d.look(d.snapshot()), stop)
 }
 
@@ -183,9 +179,12 @@ func (p *Participant) Synchronize() {
 	p.domain.Synchronize()
 }
 
-// refuseInside panics if the calling goroutine is inside, or is the worker. Only under invariants
-// are the goroutines known.
-func (d *Domain) refuseInside(op string) {
+// MayWait panics, under -tags invariants, if the caller of op is inside, as completion handlers are, or is a callback: op may
+// wait, and these may not. Without the tag the goroutines are not known.
+func (d *Domain) MayWait(op string) {
+	if !invariants.Enabled {
+		return
+	}
 	me := invariants.GoroutineID()
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -208,9 +207,7 @@ func (d *Domain) Close() error { return d.CloseUntil(nil) }
 // CloseUntil is Close that gives up when stop is closed, because a participant stays inside. The error counts what waits for it: the
 // worker frees that when it leaves. Close may be called again to wait for that.
 func (d *Domain) CloseUntil(stop <-chan struct{}) error {
-	if invariants.Enabled {
-		d.refuseInside("Close")
-	}
+	d.MayWait("Close")
 	d.mu.Lock()
 	d.closed = true // callbacks still to run may retire more; when the worker has ended nobody may
 	idle := d.idle
