@@ -824,7 +824,7 @@ func TestRDMAProviderFaults(t *testing.T) {
 // TestExtHostile: whatever a peer puts into the extension area does no harm.
 func TestExtHostile(t *testing.T) {
 	rng := rand.New(rand.NewPCG(5, 6))
-	var s rxScratch
+	s := rxScratch{conn: new(Conn)}
 	for range 20000 {
 		h := make(rdshdr.Header, rdshdr.HeaderLen)
 		for i := range h.Ext() {
