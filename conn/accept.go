@@ -48,6 +48,9 @@ func (m *Manager) request(s *site, req verbs.ConnRequest) {
 	}
 	c, err := m.create(key{s.addr, remote, hello.TOS}, false)
 	if err != nil {
+		if err == ErrTooManyConns {
+			m.count.requestsTooMany.Inc()
+		}
 		refuse("no connection", err)
 		return
 	}

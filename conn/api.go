@@ -36,6 +36,12 @@ type Sink interface {
 	// 10 s) and that it is reachable again.
 	PeerDown(local, remote netip.Addr)
 	PeerUp(local, remote netip.Addr)
+
+	// ConnIdle asks about a connection that only its peer has asked for, and that has brought nothing for Config.IdleTimeout: true says that
+	// the Sink has no use for it. ConnGone says that c is no more: nothing is delivered on it. It may follow without the question
+	// for one on which nothing ever was. Neither runs in a handler.
+	ConnIdle(c *Conn) bool
+	ConnGone(c *Conn)
 }
 
 // Owner is who a sent message is accounted to (a socket). Owners are compared, so an Owner is a
@@ -151,7 +157,7 @@ var (
 	// ErrNoMemory: SendMemory or the slab is exhausted, or the connection holds as many messages as it may. Nothing was
 	// queued.
 	ErrNoMemory = errors.New("no buffer memory")
-	// ErrTooManyConns: the Manager holds as many connections as it may.
+	// ErrTooManyConns: the Manager, or of one peer, holds as many connections as it may.
 	ErrTooManyConns = errors.New("too many connections")
 	// ErrNoDevice: no device owns the local address. It is verbs.ErrNoSuchAddress or wraps it.
 	ErrNoDevice = ibdev.ErrNoDevice
@@ -221,7 +227,12 @@ type Config struct {
 	HeartbeatIdle  time.Duration // 3 s without traffic: a ping; negative: never
 	AckDelay       time.Duration // 10 ms: acknowledge what did not ask for it
 
+	// IdleTimeout is after how long without a message a connection that only its peer has asked for is given up when it is down, or room is
+	// needed; 10 min; negative: never.
+	IdleTimeout time.Duration
+
 	MaxConns         int // 65536 connections
+	MaxConnsPerPeer  int // 64 that a pair of hosts has only because the peer asked, one per type of service
 	MaxQueuedPerConn int // 1 << 20 messages unacknowledged
 	SendRing         int // 64 SENDs in flight per connection between two of ours, at most 256
 	KernelSendRing   int // 256 SENDs in flight per connection towards a kernel, at most 1024
@@ -301,6 +312,9 @@ type Stats struct {
 	HeartbeatTimeouts uint64
 	DevicesLost       uint64 // times an address was found without its device
 	DevicesBack       uint64 // times it had one again
+	ConnsRetired      uint64 // connections given up because only the peer had asked for them and brought nothing
+	AcceptTooMany     uint64 // REQs refused because there are as many connections as there may be, in all or of the peer
+	TracesForgotten   uint64 // connections given up of which nothing is known any more
 	Conns             uint64 // gauge
 	ConnsUp           uint64 // gauge
 }

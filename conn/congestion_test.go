@@ -304,7 +304,8 @@ func TestDeltaHostile(t *testing.T) {
 func TestSendersFirst(t *testing.T) {
 	bubble(t, 1, quick, func(t *testing.T, net *simnet.Net) {
 		const conns = 3 * pushGroup
-		a, b := newHost(t, net, addrA), newHost(t, net, addrB)
+		many := func(o *hostOptions) { o.cfg.MaxConnsPerPeer = 256 }
+		a, b := newHost(t, net, addrA), newHost(t, net, addrB, many)
 		c := newHost(t, net, addrC)
 		var o testOwner
 		var all []*Conn

@@ -13,7 +13,8 @@ import (
 )
 
 // Conn is the connection of a pair of hosts for one type of service. It exists from the first Get
-// or the first request of the peer until the Manager is closed, through any number of incarnations (links).
+// or the first request of the peer until the Manager is closed, through any number of incarnations (links); one that only its peer has asked
+// for, until it is idle (idle.go).
 type Conn struct {
 	m      *Manager
 	site   *site // what connections of the local address share
@@ -57,6 +58,10 @@ type Conn struct {
 
 	// Ports, modulo 64, that the peer has sent to since the last look of the heartbeat, and before that (congestion.go).
 	lately, before atomic.Uint64
+
+	delivered atomic.Uint64 // batches of messages; written by the receive handler
+	reapSeen  uint64        // delivered at reapAt; both are the reaper's, under Manager.mu
+	reapAt    time.Time
 
 	// Timers, made on first use.
 	ackTimer *time.Timer

@@ -29,6 +29,7 @@ type control struct {
 	wake    chan struct{} // one slot: interrupts waiting
 	req     *request      // of the peer, to be accepted
 	keep    bool          // reconnect although nothing is queued
+	retired bool          // not used any more, and by nobody: to be forgotten when down
 	closing bool          // shut down, and stay so
 	stopped chan struct{} // closed when the control side has ended for good
 
@@ -119,9 +120,9 @@ func (c *Conn) control() {
 			c.accept(r)
 		case state == Up || !c.wantedLocked() || c.site.isAway(): // away: Conn.deviceBack starts us again
 			c.ctl.running = false
-			never := c.ctl.established == 0
+			useless := c.ctl.established == 0 || c.ctl.retired
 			c.mu.Unlock()
-			if never {
+			if useless {
 				c.m.forget(c)
 			}
 			return
@@ -154,7 +155,7 @@ func (c *Conn) pause(d time.Duration) {
 // wantedLocked decides whether to connect: something is queued; somebody waits for it; or the connection was lost and the peer is not
 // known to be dead; or a port there is congested, and writers wait for a map.
 func (c *Conn) wantedLocked() bool {
-	return c.q.una != c.q.tail || c.upWaiters > 0 || c.ctl.keep || c.peer.cong.count.Load() > 0
+	return c.q.una != c.q.tail || c.upWaiters > 0 || c.ctl.keep || c.peer.cong.count.Load() > 0 && c.named.Load()
 }
 
 // LinkBroken implements ib.Upper.
@@ -172,7 +173,7 @@ func (c *Conn) LinkBroken(l *ib.Link, err error) {
 	if c.state.move(Up, Error) {
 		c.up = false
 		// The peer that closes an idle connection has its reasons, and comes back if it wants to.
-		c.ctl.keep = !errors.Is(err, ib.ErrPeerClosed)
+		c.ctl.keep = !errors.Is(err, ib.ErrPeerClosed) && !errors.Is(err, errIdle)
 		c.kickLocked()
 	}
 }
@@ -395,7 +396,7 @@ func (c *Conn) establish(ctx context.Context, l *ib.Link, h *ib.Hello, info verb
 	c.open, c.frag = h.Ours, frag
 	c.ctl.peerQPN = info.PeerQPN
 	c.ctl.established++
-	c.ctl.backoff, c.ctl.tryAt, c.ctl.keep = 0, time.Time{}, false
+	c.ctl.backoff, c.ctl.tryAt, c.ctl.keep, c.ctl.retired = 0, time.Time{}, false, false
 	c.ctl.lastErr = nil
 	c.asked = c.q.una
 	c.markDue = active && h.Ours && c.remote.Is6()

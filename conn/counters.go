@@ -56,6 +56,8 @@ type counters struct {
 	acceptRejected    atomic.Uint64
 	acceptBadPrivate  atomic.Uint64
 	requestsLate      atomic.Uint64
+	requestsTooMany   atomic.Uint64
+	connsRetired      atomic.Uint64
 	established       atomic.Uint64
 	heartbeatsSent    atomic.Uint64
 	heartbeatTimeouts atomic.Uint64
@@ -122,6 +124,8 @@ func (m *Manager) Stats() Stats {
 		AcceptRejected:       k.acceptRejected.Load(),
 		AcceptBadPrivate:     k.acceptBadPrivate.Load(),
 		AcceptLate:           k.requestsLate.Load(),
+		AcceptTooMany:        k.requestsTooMany.Load(),
+		ConnsRetired:         k.connsRetired.Load(),
 		Established:          k.established.Load(),
 		DrainTimeouts:        m.linkStats.DrainTimeouts.Load(),
 		HeartbeatsSent:       k.heartbeatsSent.Load(),
@@ -129,6 +133,9 @@ func (m *Manager) Stats() Stats {
 		DevicesLost:          k.devicesLost.Load(),
 		DevicesBack:          k.devicesBack.Load(),
 	}
+	m.mu.RLock()
+	s.TracesForgotten = m.traces.forgot
+	m.mu.RUnlock()
 	s.IBTxCQEvent, s.IBRxCQEvent = m.cfg.Registry.Completions()
 	for _, c := range m.conns() {
 		c.mu.Lock()

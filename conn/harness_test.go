@@ -129,15 +129,17 @@ type testSink struct {
 	m  *Manager
 	mu sync.Mutex
 
-	msgs    []gotMsg
-	clear   []netip.AddrPort // PortsClear
-	down    []netip.Addr
-	upAgain []netip.Addr
-	accept  func(c *Conn, m *Incoming) bool // nil: everything
-	hold    bool                            // lend instead of copying
-	held    []*RecvBuf
-	discard bool
-	count   int
+	msgs     []gotMsg
+	clear    []netip.AddrPort // PortsClear
+	gone     []*Conn
+	attached bool // every connection is of use
+	down     []netip.Addr
+	upAgain  []netip.Addr
+	accept   func(c *Conn, m *Incoming) bool // nil: everything
+	hold     bool                            // lend instead of copying
+	held     []*RecvBuf
+	discard  bool
+	count    int
 }
 
 type gotMsg struct {
@@ -218,6 +220,18 @@ func (s *testSink) take() []gotMsg {
 	m := s.msgs
 	s.msgs = nil
 	return m
+}
+
+func (s *testSink) ConnIdle(c *Conn) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return !s.attached
+}
+
+func (s *testSink) ConnGone(c *Conn) {
+	s.mu.Lock()
+	s.gone = append(s.gone, c)
+	s.mu.Unlock()
 }
 
 func (s *testSink) takeClear() []netip.AddrPort {

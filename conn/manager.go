@@ -7,7 +7,6 @@ import (
 	"errors"
 	"math/rand/v2"
 	"net/netip"
-	"slices"
 	"sync"
 	"time"
 
@@ -41,7 +40,10 @@ type Manager struct {
 	sites    map[netip.Addr]*site
 	scratch  map[*ibdev.Device]*rxScratch
 	links    uint32 // incarnations so far
-	closed   bool   // no new connections, no requests
+	traces   traces
+	reaper   *time.Timer // made when a peer asks for a connection
+	reaping  bool        // it runs
+	closed   bool        // no new connections, no requests
 	closeErr error
 	abandon  int
 
@@ -80,7 +82,9 @@ func (c Config) withDefaults() Config {
 	if c.HeartbeatIdle > 0 {
 		c.HeartbeatIdle = min(c.HeartbeatIdle, c.DeadAfter/4)
 	}
+	dur(&c.IdleTimeout, 10*time.Minute)
 	num(&c.MaxConns, 65536)
+	num(&c.MaxConnsPerPeer, 64)
 	num(&c.MaxQueuedPerConn, 1<<20)
 	num(&c.SendRing, 64)
 	if c.SendMemory == 0 {
@@ -180,11 +184,8 @@ func (m *Manager) Get(local, remote netip.Addr, tos uint8) (*Conn, error) {
 	k := key{local, remote, tos}
 	m.mu.RLock()
 	c := m.byKey[k]
-	if c != nil && !c.named.Load() {
-		c.named.Store(true) // under mu, which forget holds
-	}
 	m.mu.RUnlock()
-	if c != nil {
+	if c != nil && c.named.Load() { // once it is, it stays
 		return c, nil
 	}
 	return m.create(key{local.Unmap(), remote.Unmap(), tos}, true)
@@ -198,8 +199,8 @@ func (m *Manager) create(k key, named bool) (*Conn, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if c := m.byKey[k]; c != nil {
-		if named {
-			c.named.Store(true)
+		if named && !c.named.Swap(true) {
+			c.peer.asked--
 		}
 		return c, nil
 	}
@@ -207,10 +208,13 @@ func (m *Manager) create(k key, named bool) (*Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	if len(m.byKey) >= m.cfg.MaxConns {
+	p := m.peers[pair{k.local, k.remote}]
+	switch {
+	case len(m.byKey) >= m.cfg.MaxConns:
+		return nil, ErrTooManyConns
+	case !named && p != nil && p.asked >= m.cfg.MaxConnsPerPeer:
 		return nil, ErrTooManyConns
 	}
-	p := m.peers[pair{k.local, k.remote}]
 	if p == nil {
 		p = &Peer{m: m, local: k.local, remote: k.remote}
 		m.peers[pair{k.local, k.remote}] = p
@@ -222,39 +226,19 @@ func (m *Manager) create(k key, named bool) (*Conn, error) {
 	c.ctl.wake = make(chan struct{}, 1)
 	c.ctl.tries = uint16(m.inc) // any number: another process's are others
 	c.rx.pongs.tokens = pongBurst
+	c.rx.peerInc, c.rx.expected = m.traces.take(k)
+	c.rx.expectedSeen.Store(c.rx.expected)
+	p.inc.CompareAndSwap(0, c.rx.peerInc)
 	c.named.Store(named)
+	if !named {
+		p.asked++
+		m.reapLocked()
+	}
 	m.byKey[k] = c
 	s.mu.Lock()
 	s.conns = append(s.conns, c)
 	s.mu.Unlock()
 	return c, nil
-}
-
-// forget takes back a connection that a peer asked for and never completed, and that nobody here has heard of: a REQ
-// costs its sender nothing, so it must not cost us anything that stays.
-func (m *Manager) forget(c *Conn) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	k := key{c.local, c.remote, c.tos}
-	if m.byKey[k] != c || c.named.Load() {
-		return
-	}
-	c.mu.Lock()
-	unused := c.ctl.established == 0 && !c.ctl.running && c.ctl.req == nil && c.state.load() == Down && c.q.una == c.q.tail && !c.ctl.keep
-	if unused {
-		c.closed, c.ctl.closing = true, true
-	}
-	c.mu.Unlock()
-	if !unused {
-		return
-	}
-	delete(m.byKey, k)
-	if c.peer.conns--; c.peer.conns == 0 {
-		delete(m.peers, pair{c.local, c.remote})
-	}
-	c.site.mu.Lock()
-	c.site.conns = slices.DeleteFunc(slices.Clone(c.site.conns), func(x *Conn) bool { return x == c }) // a pusher may be reading the old one
-	c.site.mu.Unlock()
 }
 
 // Conns are the connections of this moment, in no order.
@@ -359,6 +343,9 @@ func (m *Manager) Close(ctx context.Context) (abandoned int, err error) {
 	// 1. Refuse new work: no Get, no Listen. Send still works on connections that somebody holds, and
 	// those are what the linger is for.
 	m.closed = true
+	if m.reaper != nil {
+		m.reaper.Stop()
+	}
 	sites := make([]*site, 0, len(m.sites))
 	for _, s := range m.sites {
 		sites = append(sites, s)

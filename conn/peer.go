@@ -13,6 +13,7 @@ type Peer struct {
 	m             *Manager
 	local, remote netip.Addr
 	conns         int // guarded by Manager.mu
+	asked         int // of these, those only the peer has asked for; guarded by Manager.mu
 
 	cong     peerMap
 	inc      atomic.Uint64 // incarnation seen last, 0: none, or a kernel

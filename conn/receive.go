@@ -354,6 +354,7 @@ func (s *rxScratch) flush() {
 	}
 	c.sentTo(s.ports) // before the Sink finds a port congested by them
 	s.ports = 0
+	c.delivered.Inc()
 	n := m.cfg.Sink.Deliver(c, s.msgs)
 	if n < len(s.msgs) {
 		// Nothing from msgs[n] on has been received. The peer sends it again on the next connection, which

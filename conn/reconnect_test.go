@@ -465,7 +465,8 @@ func TestKernelIsRemembered(t *testing.T) {
 // TestManyConns: one host, many peers and types of service, at once.
 func TestManyConns(t *testing.T) {
 	bubble(t, 1, quick, func(t *testing.T, net *simnet.Net) {
-		a, b, d := newHost(t, net, addrA), newHost(t, net, addrB), newHost(t, net, addrC)
+		many := func(o *hostOptions) { o.cfg.MaxConnsPerPeer = 256 }
+		a, b, d := newHost(t, net, addrA), newHost(t, net, addrB, many), newHost(t, net, addrC, many)
 		var o testOwner
 		n := 0
 		for round := range 5 {

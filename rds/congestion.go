@@ -184,12 +184,18 @@ func (q *portWaits) clearAll() {
 }
 
 func (k sink) PortsClear(local, remote netip.Addr, ports []uint16) {
-	q := &k.svc.peerOf(local, remote).cong
-	if q.empty() {
+	la := k.svc.local(local)
+	if la == nil {
+		return
+	}
+	la.peersMu.RLock()
+	p := la.peers[remote]
+	la.peersMu.RUnlock()
+	if p == nil || p.cong.empty() { // whoever waits has made the peer
 		return
 	}
 	for _, port := range ports {
-		q.clear(port)
+		p.cong.clear(port)
 	}
 }
 

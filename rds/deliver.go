@@ -12,12 +12,7 @@ type sink struct{ svc *Service }
 var _ conn.Sink = sink{}
 
 func (k sink) Deliver(c *conn.Conn, msgs []conn.Incoming) int {
-	p, ok := k.svc.byConn.Load(c)
-	if !ok {
-		// Many connections of a pair (one per type of service) share the peer.
-		p, _ = k.svc.byConn.LoadOrStore(c, k.svc.peerOf(c.Local(), c.Remote()))
-	}
-	return k.svc.deliver(p.(*peer), c.TOS(), msgs, int64(k.svc.cfg.MaxPeerBytes))
+	return k.svc.deliver(k.svc.peerOfConn(c), c.TOS(), msgs, int64(k.svc.cfg.MaxPeerBytes))
 }
 
 func (k sink) PeerDown(local, remote netip.Addr) {

@@ -28,7 +28,7 @@ func newLocalLink(p *peer, to *localAddr) *localLink {
 			break
 		}
 	}
-	return &localLink{from: p, back: to.peer(p.la.addr)}
+	return &localLink{from: p, back: to.localPeer(p.la.addr)}
 }
 
 func (l *localLink) deliver(o conn.Owner, m [1]conn.Incoming) {

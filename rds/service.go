@@ -29,10 +29,10 @@ type Service struct {
 
 	closed atomic.Bool // decides; set under mu
 
-	mu     sync.Mutex                                // writers of locals and peers
+	mu     sync.Mutex                                // writers of locals
 	locals atomic.Pointer[map[netip.Addr]*localAddr] // immutable
-	peers  atomic.Pointer[[]*peer]                   // by peer.index; appended to, never changed
-	byConn sync.Map                                  // *conn.Conn to *peer
+	peers  peerTable
+	byConn sync.Map // *conn.Conn to *peer
 }
 
 // Open makes a Service. It opens no device and binds nothing yet: addresses are opened as they are bound.
@@ -54,7 +54,6 @@ func newService(cfg Config) *Service {
 	svc := &Service{cfg: cfg.withDefaults(), began: time.Now()}
 	svc.log = svc.cfg.Logger
 	svc.locals.Store(&map[netip.Addr]*localAddr{})
-	svc.peers.Store(new([]*peer))
 	return svc
 }
 
@@ -146,18 +145,6 @@ func (svc *Service) setLocal(la *localAddr, add bool) {
 	svc.locals.Store(&m)
 }
 
-// addPeer gives p its index.
-func (svc *Service) addPeer(p *peer) {
-	svc.mu.Lock()
-	defer svc.mu.Unlock()
-	list := *svc.peers.Load()
-	p.index = uint32(len(list))
-	list = append(list, p) // readers know the old length only
-	svc.peers.Store(&list)
-}
-
-func (svc *Service) peerAt(index uint32) *peer { return (*svc.peers.Load())[index] }
-
 // peerOf is the peer of a connection.
 func (svc *Service) peerOf(local, remote netip.Addr) *peer {
 	la := svc.local(local)
@@ -222,7 +209,7 @@ func (svc *Service) Close() error {
 	for _, la := range locals {
 		la.endHold()
 	}
-	for _, p := range *svc.peers.Load() {
+	for _, p := range svc.peers.all() {
 		p.cong.clearAll()
 	}
 	err = errors.Join(err, svc.lent.err())

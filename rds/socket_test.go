@@ -836,7 +836,7 @@ func TestCloseStorm(t *testing.T) {
 	wg.Wait()
 	ta.ack(-1)
 	for _, svc := range []*Service{sa, sb} {
-		for _, p := range *svc.peers.Load() {
+		for _, p := range svc.peers.all() {
 			if q := p.queued.Load(); q != 0 {
 				t.Errorf("%d bytes accounted to %v with nothing queued", q, p.remote)
 			}
