@@ -11,15 +11,17 @@ import (
 // Both devices come and go many times in each run; the processes check everything and audit themselves.
 func TestCommandChaos(t *testing.T) {
 	for _, tc := range []struct {
-		name string
-		args []string
-		runs int
+		name  string
+		addrs string
+		args  []string
+		runs  int
 	}{
-		{"datagrams", []string{"--sizes", "64,16KiB", "--sockets", "2", "--bidir"}, 4},
-		{"operations", []string{"--rdma", "read,write", "--rdma-size", "32KiB", "--bidir"}, 4},
+		{"datagrams", ownLoopback(21) + "," + ownLoopback(22), []string{"--sizes", "64,16KiB", "--sockets", "2", "--bidir"}, 4},
+		{"operations", ownLoopback(23) + "," + ownLoopback(24), []string{"--rdma", "read,write", "--rdma-size", "32KiB", "--bidir"}, 4},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			args := append([]string{"--addr", localAddrs, "--json", "--verify", "--chaos", "devices", "--chaos-every", "40ms", "--duration", "1600ms", "--warmup", "20ms"}, tc.args...)
+			t.Parallel()
+			args := append([]string{"--addr", tc.addrs, "--json", "--verify", "--chaos", "devices", "--chaos-every", "40ms", "--duration", "1600ms", "--warmup", "20ms"}, tc.args...)
 			stdout, stderr, code := runCommand(t, args...)
 			if code != 0 || stderr != "" {
 				t.Fatalf("exit status %d, standard error:\n%s", code, stderr)

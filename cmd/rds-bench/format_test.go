@@ -303,8 +303,9 @@ func TestHTMLOfLittle(t *testing.T) {
 }
 
 func TestCommandFormats(t *testing.T) {
+	t.Parallel()
 	path := filepath.Join(t.TempDir(), "report.html")
-	stdout, stderr, code := runCommand(t, append(quick, "--addr", localAddrs, "--sizes", "64", "--rate", "2k", "--tests", "throughput,load",
+	stdout, stderr, code := runCommand(t, append(quick, "--addr", ownLoopback(25)+","+ownLoopback(26), "--sizes", "64", "--rate", "2k", "--tests", "throughput,load",
 		"--compare", "quic", "--count", "2", "--format", "gobench", "--report", path)...)
 	if code != 0 || stderr != "" {
 		t.Fatalf("exit status %d, standard error:\n%s", code, stderr)

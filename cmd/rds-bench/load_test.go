@@ -9,6 +9,7 @@ import (
 
 // The reason for load runs: a stall of the server is felt by every datagram that was due in the meantime, not by one.
 func TestLoadCountsEveryDelayed(t *testing.T) {
+	t.Parallel()
 	const (
 		rate  = 1000
 		stall = 200 * time.Millisecond
@@ -151,6 +152,7 @@ func (l *listener) interval(_ *result, iv *interval) error {
 }
 
 func TestIntervals(t *testing.T) {
+	t.Parallel()
 	p := shortParams()
 	p.Duration, p.Interval = 450*time.Millisecond, 100*time.Millisecond
 	for _, test := range []string{testThroughput, testRTT} {
@@ -172,16 +174,17 @@ func TestIntervals(t *testing.T) {
 			}
 			end = iv.EndSeconds
 			messages += iv.MessagesPerSecond * (iv.EndSeconds - iv.BeginSeconds)
-			if (iv.RTTSeconds != nil) != (test == testRTT) {
-				t.Errorf("%s: interval %d has round trips %v", test, i, iv.RTTSeconds)
-			} else if iv.RTTSeconds != nil {
+			if iv.RTTSeconds != nil { // in an interval of a busy machine there may be none
 				times += iv.RTTSeconds.Count
 			}
 		}
 		if whole := r.MessagesPerSecond * r.seconds; messages <= 0 || messages > whole*1.5 {
 			t.Errorf("%s: %v messages in the intervals, %v in the run", test, messages, whole)
 		}
-		if test == testRTT && times > r.RTTSeconds.Count {
+		switch {
+		case test == testThroughput && times > 0:
+			t.Errorf("%d round trips of a throughput run", times)
+		case test == testRTT && (times == 0 || times > r.RTTSeconds.Count):
 			t.Errorf("%d round trips in the intervals, %d in the run", times, r.RTTSeconds.Count)
 		}
 	}

@@ -258,18 +258,19 @@ func TestVerifyFails(t *testing.T) {
 		{"one swapped with the next", swapOne, "datagram 101 came where 100 was due"},
 		{"one cut short", truncateOne, "datagram 100 has 63 bytes instead of 64"},
 	} {
-		var spoil atomic.Bool
-		mangled := func(name string, o rdsOptions) (transport, error) {
-			tr, err := newTransport(name, o)
-			return mangledTransport{tr, func(f *mangledFlow, n int, more bool) error {
-				if !spoil.Load() {
-					return f.flow.send(n, more)
-				}
-				return tc.mangle(f, n, more)
-			}}, err
-		}
 		for _, side := range []string{"client", "server"} {
+			var spoil atomic.Bool
+			mangled := func(name string, o rdsOptions) (transport, error) {
+				tr, err := newTransport(name, o)
+				return mangledTransport{tr, func(f *mangledFlow, n int, more bool) error {
+					if !spoil.Load() {
+						return f.flow.send(n, more)
+					}
+					return tc.mangle(f, n, more)
+				}}, err
+			}
 			t.Run(tc.name+" by the "+side, func(t *testing.T) {
+				t.Parallel()
 				open := map[string]openTransport{"client": newTransport, "server": newTransport}
 				open[side] = mangled
 				c := connectClient(t, serveLoopback(t, open["server"]), shortParams(), open["client"])

@@ -111,7 +111,9 @@ func (s *side) connect(ctx context.Context, peers []netip.AddrPort) error {
 		}
 		if s.spec.Test != testThroughput && s.active {
 			l.times = newRecorder(s.parts)
-			l.late = newRecorder(false)
+			if s.spec.Test == testLoad {
+				l.late = newRecorder(false)
+			}
 		}
 		s.lanes = append(s.lanes, l)
 		if s.spec.RDMA != "" {

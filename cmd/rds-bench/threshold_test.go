@@ -114,7 +114,8 @@ func TestThresholdWatches(t *testing.T) {
 }
 
 func TestCommandFailIf(t *testing.T) {
-	args := append(quick, "--addr", localAddrs, "--sizes", "64", "--tests", "rtt", "--compare", "none")
+	t.Parallel()
+	args := append(slices.Clone(quick), "--addr", ownLoopback(27)+","+ownLoopback(28), "--sizes", "64", "--tests", "rtt", "--compare", "none")
 	stdout, stderr, code := runCommand(t, append(args, "--fail-if", "p50>1ns,rate<1", "--fail-if", "p50>10s")...)
 	if code != 3 || !strings.Contains(stdout, "messages/s") {
 		t.Errorf("exit status %d; standard output:\n%s", code, stdout)
