@@ -1,10 +1,11 @@
 package rds
 
 import (
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
+	"strconv"
+	"syscall"
 )
 
 // Network is what [Addr.Network] says.
@@ -81,12 +82,31 @@ func (a *Addr) UnmarshalText(text []byte) error {
 	return err
 }
 
-// unmap gives ap the only form in which the package compares addresses.
+// unmap gives ap the only form in which the package compares addresses: IPv4 as such, a zone where it has a
+// meaning, and then by the interface's name ("%2" and "%eth0" are one scope).
 func unmap(ap netip.AddrPort) netip.AddrPort {
-	if !ap.Addr().Is4In6() {
+	a := ap.Addr()
+	if !a.Is4In6() && a.Zone() == "" {
 		return ap
 	}
-	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
+	return netip.AddrPortFrom(canonical(a), ap.Port())
+}
+
+func canonical(a netip.Addr) netip.Addr {
+	a = a.Unmap()
+	zone := a.Zone()
+	if zone == "" {
+		return a
+	}
+	if !a.IsLinkLocalUnicast() {
+		return a.WithZone("") // scope 0 (rds-protocol spec 1.2)
+	}
+	if i, err := strconv.Atoi(zone); err == nil {
+		if ifc, err := net.InterfaceByIndex(i); err == nil {
+			return a.WithZone(ifc.Name)
+		}
+	}
+	return a
 }
 
 // toAddrPort takes Addr and whatever else knows its netip form (*net.UDPAddr, *net.TCPAddr).
@@ -104,27 +124,55 @@ func toAddrPort(a net.Addr) (netip.AddrPort, error) {
 
 var broadcast4 = netip.AddrFrom4([4]byte{255, 255, 255, 255})
 
+// What is wrong with an address (rds-protocol spec 1.2 to 1.4). They match ErrInvalid, or another errno where the kernel's
+// connect has one.
+var (
+	errNoAddress = &condition{text: "no address", errno: syscall.EINVAL, kind: ErrInvalid}
+	errWildcard  = &condition{text: "wildcard address", errno: syscall.EINVAL, kind: ErrInvalid}
+	errBroadcast = &condition{text: "broadcast address", errno: syscall.EINVAL, kind: ErrInvalid}
+	errMulticast = &condition{text: "multicast address", errno: syscall.EINVAL, kind: ErrInvalid}
+	errNoZone    = &condition{text: "link-local address without a zone", errno: syscall.EINVAL, kind: ErrInvalid}
+
+	errConnectNoFamily = &condition{text: "no address", errno: syscall.EAFNOSUPPORT, kind: ErrInvalid}
+	errConnectWildcard = &condition{text: "wildcard address", errno: syscall.EDESTADDRREQ, kind: ErrInvalid}
+	errConnectUnicast6 = &condition{text: "not a unicast address", errno: syscall.EPROTOTYPE, kind: ErrInvalid}
+)
+
 // checkUnicast refuses what neither bind nor connect nor send take (rds-protocol spec 1.2 to 1.4). a is unmapped.
 func checkUnicast(a netip.Addr) error {
 	switch {
 	case !a.IsValid():
-		return errors.New("no address")
+		return errNoAddress
 	case a.IsUnspecified():
-		return errors.New("wildcard address")
+		return errWildcard
 	case a == broadcast4:
-		return errors.New("broadcast address")
+		return errBroadcast
 	case a.IsMulticast():
-		return errors.New("multicast address")
+		return errMulticast
 	case a.Is6() && a.IsLinkLocalUnicast() && a.Zone() == "":
-		return errors.New("link-local address without a zone")
+		return errNoZone
 	}
 	return nil
+}
+
+// checkConnect is the part of connect's rules that concerns the destination alone (rds-protocol spec 1.3). to is unmapped.
+func checkConnect(to netip.Addr) error {
+	switch err := checkUnicast(to); {
+	case err == errNoAddress:
+		return errConnectNoFamily
+	case err == errWildcard && to.Is4():
+		return errConnectWildcard
+	case (err == errWildcard || err == errMulticast) && to.Is6():
+		return errConnectUnicast6
+	default:
+		return err
+	}
 }
 
 // checkBind is the part of bind's rules that needs no tables (rds-protocol spec 1.2). ap is unmapped.
 func checkBind(ap netip.AddrPort) error {
 	if err := checkUnicast(ap.Addr()); err != nil {
-		return fmt.Errorf("%w: %v", ErrInvalid, err)
+		return err
 	}
 	if ap.Port() == ProbePort {
 		return fmt.Errorf("%w: port 1 is reserved", ErrInvalid)
@@ -132,12 +180,12 @@ func checkBind(ap netip.AddrPort) error {
 	return nil
 }
 
-// checkDest is the part of connect's and send's rules that needs no tables: a destination is a unicast address of
-// the socket's IP version, and link-local zones do not mix (rds-protocol spec 1.3, 1.4 steps 3, 6 and 7). to is
+// checkDest is the part of send's rules that needs no tables: a destination is a unicast address of
+// the socket's IP version, and link-local zones do not mix (rds-protocol spec 1.4 steps 3, 6 and 7). to is
 // unmapped. Any port is legal: 0 is a ping.
 func checkDest(local, to netip.Addr) error {
 	if err := checkUnicast(to); err != nil {
-		return fmt.Errorf("%w: destination: %v", ErrInvalid, err)
+		return err
 	}
 	if local.Is4() != to.Is4() {
 		return fmt.Errorf("%w: destination and socket are of different IP versions", ErrNotSupported)

@@ -227,6 +227,7 @@ func (s *Socket) readInto(r *readOp, wait bool) error {
 	case nil:
 		return nil
 	case ErrWouldBlock:
+		s.settle(true)
 		return s.wouldBlock()
 	}
 	return s.opError("read", netip.AddrPort{}, err)

@@ -166,7 +166,7 @@ func (q *portWaits) clear(port uint16) {
 	q.tidyLocked(port, pw)
 	q.mu.Unlock()
 	for _, s := range monitors {
-		s.mon.clear(q, port)
+		s.mon.clear(s, q, port)
 	}
 }
 
@@ -234,23 +234,28 @@ func (m *congMonitor) met(s *Socket, q *portWaits, port uint16) {
 	m.want[k] = struct{}{}
 	m.mu.Unlock()
 	q.monitor(port, s)
-	if s.closed.Load() || !m.on.Load() { // stop may have missed it
+	if s.closed.Load() || !m.on.Load() && s.ready.Load() == nil { // stop may have missed it
 		m.stop(s)
 	}
 }
 
 // clear says that port has cleared.
-func (m *congMonitor) clear(q *portWaits, port uint16) {
+func (m *congMonitor) clear(s *Socket, q *portWaits, port uint16) {
 	k := monitored{q, port}
 	m.mu.Lock()
 	_, wanted := m.want[k]
 	if wanted {
 		delete(m.want, k)
-		m.mask |= 1 << (port % 64)
+		if m.on.Load() {
+			m.mask |= 1 << (port % 64)
+		}
 	}
 	m.mu.Unlock()
 	if wanted {
 		m.readers.wakeOne()
+		if r := s.ready.Load(); r != nil {
+			r.raiseNews()
+		}
 	}
 }
 
@@ -334,6 +339,7 @@ func (s *Socket) ReadCongestion(ctx context.Context) (mask uint64, err error) {
 	if s.mon.news() {
 		s.mon.readers.wakeOne()
 	}
+	s.settle(true)
 	if err != nil {
 		return 0, s.opError("read", netip.AddrPort{}, err)
 	}
@@ -341,4 +347,8 @@ func (s *Socket) ReadCongestion(ctx context.Context) (mask uint64, err error) {
 }
 
 // TryReadCongestion is ReadCongestion that never waits: 0 if there is nothing.
-func (s *Socket) TryReadCongestion() (mask uint64) { return s.mon.take() }
+func (s *Socket) TryReadCongestion() (mask uint64) {
+	mask = s.mon.take()
+	s.settle(true)
+	return mask
+}

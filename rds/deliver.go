@@ -99,6 +99,7 @@ func (r *run) end() {
 	total, charge := q.bytes.Add(r.bytes), q.charge.Add(r.charge)
 	if r.wake {
 		q.readers.wakeOne()
+		s.raise()
 	}
 	c := &s.svc.ctr
 	c.recvQueued.Add(uint64(r.msgs))

@@ -17,41 +17,41 @@ var (
 	// ErrClosed: the socket or the service was closed.
 	ErrClosed = net.ErrClosed
 	// ErrCongested: the destination port does not read fast enough (ENOBUFS). The error is a *CongestedError.
-	ErrCongested error = &condition{"destination port is congested", syscall.ENOBUFS}
+	ErrCongested error = &condition{text: "destination port is congested", errno: syscall.ENOBUFS}
 	// ErrNoBufferSpace: the send buffer is full of unacknowledged datagrams (EAGAIN).
-	ErrNoBufferSpace error = &condition{"send buffer is full", syscall.EAGAIN}
+	ErrNoBufferSpace error = &condition{text: "send buffer is full", errno: syscall.EAGAIN}
 	// ErrMessageTooLong: more than 1 MiB or than the send buffer; nothing was sent (EMSGSIZE).
-	ErrMessageTooLong error = &condition{"message too long", syscall.EMSGSIZE}
+	ErrMessageTooLong error = &condition{text: "message too long", errno: syscall.EMSGSIZE}
 	// ErrAddrInUse: another socket has the port, or another owner the address (EADDRINUSE).
-	ErrAddrInUse error = &condition{"address in use", syscall.EADDRINUSE}
+	ErrAddrInUse error = &condition{text: "address in use", errno: syscall.EADDRINUSE}
 	// ErrAddrNotAvailable: no device of this host owns the address (EADDRNOTAVAIL).
-	ErrAddrNotAvailable error = &condition{"address not available", syscall.EADDRNOTAVAIL}
+	ErrAddrNotAvailable error = &condition{text: "address not available", errno: syscall.EADDRNOTAVAIL}
 	// ErrNotConnected: no destination was given and the socket has no default one (ENOTCONN).
-	ErrNotConnected error = &condition{"no destination", syscall.ENOTCONN}
+	ErrNotConnected error = &condition{text: "no destination", errno: syscall.ENOTCONN}
 	// ErrInvalid: an argument makes no sense here (EINVAL).
-	ErrInvalid error = &condition{"invalid argument", syscall.EINVAL}
+	ErrInvalid error = &condition{text: "invalid argument", errno: syscall.EINVAL}
 	// ErrNotSupported: what was asked for cannot be done here (EOPNOTSUPP).
-	ErrNotSupported error = &condition{"not supported", syscall.EOPNOTSUPP}
+	ErrNotSupported error = &condition{text: "not supported", errno: syscall.EOPNOTSUPP}
 
 	// ErrWouldBlock: there is nothing to read, and the call does not wait (EAGAIN).
-	ErrWouldBlock error = &condition{"nothing to read", syscall.EAGAIN}
+	ErrWouldBlock error = &condition{text: "nothing to read", errno: syscall.EAGAIN}
 	// ErrNoTransport: what was asked for to carry the datagrams is not there (ENOPROTOOPT).
-	ErrNoTransport error = &condition{"no such transport", syscall.ENOPROTOOPT}
+	ErrNoTransport error = &condition{text: "no such transport", errno: syscall.ENOPROTOOPT}
 
 	// ErrRegionTooLarge: a region or an operation of more than 1 MiB, or of too many pieces (EMSGSIZE).
-	ErrRegionTooLarge error = &condition{"region too large", syscall.EMSGSIZE}
+	ErrRegionTooLarge error = &condition{text: "region too large", errno: syscall.EMSGSIZE}
 	// ErrStaleCookie: the cookie names no region of this socket, or the region was freed (EINVAL).
-	ErrStaleCookie error = &condition{"cookie of no region", syscall.EINVAL}
+	ErrStaleCookie error = &condition{text: "cookie of no region", errno: syscall.EINVAL}
 	// ErrForeignRegion: the region belongs to another socket (EINVAL).
-	ErrForeignRegion error = &condition{"region of another socket", syscall.EINVAL}
+	ErrForeignRegion error = &condition{text: "region of another socket", errno: syscall.EINVAL}
 	// ErrPoolExhausted: the device has as many regions as it may (EAGAIN).
-	ErrPoolExhausted error = &condition{"pool of memory regions exhausted", syscall.EAGAIN}
+	ErrPoolExhausted error = &condition{text: "pool of memory regions exhausted", errno: syscall.EAGAIN}
 	// ErrDeviceGone: the device that the region was registered with was removed (ENODEV).
-	ErrDeviceGone error = &condition{"device was removed", syscall.ENODEV}
+	ErrDeviceGone error = &condition{text: "device was removed", errno: syscall.ENODEV}
 	// ErrNotReady: the connection that a region is for is not established; it is being connected (EAGAIN).
-	ErrNotReady error = &condition{"not connected yet", syscall.EAGAIN}
+	ErrNotReady error = &condition{text: "not connected yet", errno: syscall.EAGAIN}
 	// ErrMisaligned: an atomic on memory that is not 8 bytes, or not at an address that 8 divides (EFAULT).
-	ErrMisaligned error = &condition{"atomic operand of wrong size or alignment", syscall.EFAULT}
+	ErrMisaligned error = &condition{text: "atomic operand of wrong size or alignment", errno: syscall.EFAULT}
 )
 
 // What an operation may end with (Completion.Err). The kernel has statuses for these, not errors.
@@ -62,16 +62,17 @@ var (
 	errOperation    = errors.New("operation failed")
 )
 
-// condition is a sentinel that also matches an errno.
+// condition is a sentinel that also matches an errno, and perhaps another condition of which it is a kind.
 type condition struct {
 	text  string
 	errno syscall.Errno
+	kind  error
 }
 
 func (c *condition) Error() string { return c.text }
 
 func (c *condition) Is(target error) bool {
-	return target == c.errno || c == ErrNotSupported && target == verbs.ErrNotSupported
+	return target == c.errno || c.kind != nil && target == c.kind || c == ErrNotSupported && target == verbs.ErrNotSupported
 }
 
 // OpError is the error of every operation of this package that concerns a socket or a bind. It is a
@@ -141,6 +142,9 @@ func (e *deadlineError) Error() string {
 	}
 	return os.ErrDeadlineExceeded.Error() + ": " + e.cause.Error()
 }
+
+// Is matches ETIMEDOUT, which the kernel has for it (rds-protocol spec 1.4 step 24, 1.5 step 4).
+func (e *deadlineError) Is(target error) bool { return target == syscall.ETIMEDOUT }
 
 func (e *deadlineError) Timeout() bool   { return true }
 func (e *deadlineError) Temporary() bool { return false }

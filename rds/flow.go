@@ -238,4 +238,5 @@ func (n *notice) Released(msgs, bytes int, acked bool) {
 		n.what.Status = StatusCancelled
 	}
 	n.f.s.comp.keep(n.what)
+	n.f.s.raise()
 }

@@ -213,10 +213,13 @@ func (s *Socket) unlockRead() {
 	if congested {
 		q.flushLocked()
 	}
-	next := !q.readers.empty() && q.moreLocked()
+	more := q.moreLocked()
+	next := more && !q.readers.empty()
 	q.readMu.Unlock()
 	if next {
 		q.readers.wakeOne()
+	} else if !more {
+		s.settle(false)
 	}
 	if congested && s.relaxed(q.bytes.Load(), q.charge.Load()) {
 		s.updateCongestion()
@@ -259,6 +262,7 @@ func (r *reading) wait(ctx context.Context) error {
 	}
 	if r.w == nil {
 		r.w = s.waiters.get()
+		s.settle(true)
 	}
 	q := &s.q.readers
 	if r.comp {
@@ -390,6 +394,7 @@ func (s *Socket) TryReceive() (*Message, error) {
 		m = s.tryReceive()
 	}
 	if m == nil {
+		s.settle(true)
 		return nil, s.wouldBlock()
 	}
 	return m, nil

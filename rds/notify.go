@@ -188,6 +188,7 @@ func (s *Socket) ReadCompletion(ctx context.Context) (Completion, error) {
 		}
 	}
 	rd.end(ok)
+	s.settle(false)
 	if err != nil {
 		return what, s.opError("read", netip.AddrPort{}, err)
 	}
@@ -195,7 +196,11 @@ func (s *Socket) ReadCompletion(ctx context.Context) (Completion, error) {
 }
 
 // TryReadCompletion is ReadCompletion that never waits: it reports false if there is none.
-func (s *Socket) TryReadCompletion() (Completion, bool) { return s.comp.take() }
+func (s *Socket) TryReadCompletion() (Completion, bool) {
+	what, ok := s.comp.take()
+	s.settle(false)
+	return what, ok
+}
 
 // SetRecvErr chooses whether operations that did not ask for a Completion get one if they fail (RDS_RECVERR). It is
 // dropped, and counted, if there is no room for it.

@@ -212,6 +212,7 @@ func (o *operation) RDMADone(st conn.RDMAStatus) {
 			o.s.svc.ctr.completionsLost.Add(1)
 		}
 	}
+	o.s.raise()
 	o.s.svc.ops.Put(o)
 }
 

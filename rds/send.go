@@ -320,7 +320,7 @@ func (it *item) put(ctx context.Context, wait bool) error {
 		return finalError(err)
 	}
 	if !wait {
-		if why == portFull && s.mon.on.Load() {
+		if why == portFull && (s.mon.on.Load() || s.ready.Load() != nil) {
 			// Told when it clears, unless that has happened by now (rds-protocol spec 1.9).
 			s.mon.met(s, &it.f.peer.cong, it.port)
 			if err = it.offer(); err == nil {

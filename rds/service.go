@@ -71,15 +71,12 @@ func (svc *Service) ListenPacket(ctx context.Context, address string) (*Socket, 
 
 // ListenAddrPort is ListenPacket with a netip value.
 func (svc *Service) ListenAddrPort(ctx context.Context, address netip.AddrPort) (*Socket, error) {
-	address = unmap(address)
-	s, err := svc.listen(ctx, address)
-	if err != nil {
-		return nil, &OpError{Op: "bind", Local: Addr{address}, Err: err}
-	}
-	return s, nil
+	lc := ListenConfig{Service: svc}
+	return lc.Bind(ctx, address)
 }
 
-func (svc *Service) listen(ctx context.Context, address netip.AddrPort) (*Socket, error) {
+// listen binds a socket that options have been given to.
+func (svc *Service) listen(ctx context.Context, address netip.AddrPort, options func(*Socket)) (*Socket, error) {
 	if err := checkBind(address); err != nil {
 		return nil, err
 	}
@@ -88,7 +85,9 @@ func (svc *Service) listen(ctx context.Context, address netip.AddrPort) (*Socket
 		return nil, err
 	}
 	s := newSocket(svc, la)
+	options(s)
 	if err := la.bind(s, address.Port()); err != nil {
+		s.stopStamps()
 		return nil, err
 	}
 	s.updateCongestion() // it may have inherited more than its buffer

@@ -54,11 +54,13 @@ type Socket struct {
 	comp      completions
 	mon       congMonitor
 	recvErr   atomic.Bool
-	lazy      atomic.Bool  // regions were freed that wait for company
-	loans     atomic.Int64 // messages lent
-	lentBytes atomic.Int64 // blocks kept by loans
-	reserved  atomic.Int64 // bytes in SendBufs
-	again     atomic.Pointer[OpError]
+	lazy      atomic.Bool             // regions were freed that wait for company
+	loans     atomic.Int64            // messages lent
+	lentBytes atomic.Int64            // blocks kept by loans
+	reserved  atomic.Int64            // bytes in SendBufs
+	again     atomic.Pointer[OpError] // ErrWouldBlock's
+	readyMu   sync.Mutex              // serialises making ready with Close
+	ready     atomic.Pointer[readiness]
 }
 
 // defDest is a default destination.
@@ -135,7 +137,11 @@ func (s *Socket) ConnectAddrPort(addr netip.AddrPort) error {
 	if s.closed.Load() {
 		return s.opError("connect", addr, ErrClosed)
 	}
-	if err := checkDest(s.la.addr, addr.Addr()); err != nil {
+	err := checkConnect(addr.Addr())
+	if err == nil {
+		err = checkDest(s.la.addr, addr.Addr())
+	}
+	if err != nil {
 		return s.opError("connect", addr, err)
 	}
 	s.dflt.Store(&defDest{ap: addr})
@@ -237,6 +243,7 @@ func (s *Socket) Close() error {
 	// 4. The port is not congested any more, and says so. What others do about theirs is of no interest any more.
 	s.updateCongestion()
 	s.mon.stop(s)
+	s.closeReadiness()
 	// 5. Peers may not touch the socket's memory any more. Operations of its own that are on their way keep theirs to
 	// their end.
 	s.closeRegions()
