@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"sync"
+	"time"
 
 	"go.uber.org/atomic"
 
@@ -80,7 +81,7 @@ func openDevice(r *Registry, addr netip.Addr, vdev verbs.Device) (_ *Device, err
 	d.refs.Init(func() { go d.teardown() })
 	defer func() {
 		if err != nil {
-			err = errors.Join(fmt.Errorf("device %s: %w", vdev.Name(), err), d.release())
+			err = errors.Join(fmt.Errorf("device %s: %w", vdev.Name(), err), d.releaseAll())
 		}
 	}()
 	if d.pd, err = vdev.AllocPD(); err != nil {
@@ -172,7 +173,7 @@ func (d *Device) event(e verbs.AsyncEvent) {
 // teardown frees the device. It runs when the last reference is gone: no QP, no listener, not
 // in the registry. It waits for nothing an application does.
 func (d *Device) teardown() {
-	d.err = d.release()
+	d.err = d.releaseAll()
 	if d.err != nil {
 		d.reg.logger.Error("device teardown", "device", d.dev.Name(), "err", d.err)
 	}
@@ -198,7 +199,29 @@ func (d *Device) gone(why verbs.EventType) {
 	}
 }
 
-// release frees what openDevice made, in order, and tolerates that it got only part of the way.
+// A device that does not give something back is asked again, since what kept it may pass, and what is left stays for
+// as long as the process: memory pinned, the address taken. 5 times and 150 ms in all.
+const (
+	releaseTries = 5
+	releasePause = 10 * time.Millisecond // doubles
+)
+
+// releaseAll is release as often as it takes.
+func (d *Device) releaseAll() (err error) {
+	for try := range releaseTries {
+		if try > 0 {
+			d.reg.logger.Warn("device teardown: again", "device", d.dev.Name(), "err", err)
+			time.Sleep(releasePause << (try - 1))
+		}
+		if err = d.release(); err == nil {
+			break
+		}
+	}
+	return err
+}
+
+// release frees what openDevice made, in order, and tolerates that it got only part of the way, also the last time it was
+// called.
 func (d *Device) release() error {
 	var errs []error
 	note := func(what string, err error) {

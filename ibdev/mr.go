@@ -83,7 +83,7 @@ func (d *Device) register(r *slab.Region) (mrEntry, error) {
 	return tab[id], nil
 }
 
-// close deregisters everything. Nothing is posted any more.
+// close deregisters everything. Nothing is posted any more. What the device did not give back is there for another try.
 func (t *mrTable) close() error {
 	t.mu.Lock()
 	t.closed = true
@@ -92,10 +92,15 @@ func (t *mrTable) close() error {
 	t.tab.Store(nil)
 	t.mu.Unlock()
 	var errs []error
+	var left []verbs.MR
 	for _, mr := range mrs {
 		if err := mr.Deregister(); err != nil {
 			errs = append(errs, err)
+			left = append(left, mr)
 		}
 	}
+	t.mu.Lock()
+	t.mrs = left
+	t.mu.Unlock()
 	return errors.Join(errs...)
 }

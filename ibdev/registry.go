@@ -355,6 +355,7 @@ func (r *Registry) remove(d *Device, why verbs.EventType, free bool) {
 	if !first {
 		return
 	}
+	d.pools.Leave()
 	d.gone(why)
 	if listed {
 		r.cfg.Epoch.Retire(func() { d.PutNamed(holderRegistry) })
@@ -439,6 +440,9 @@ func (r *Registry) Close(ctx context.Context) error {
 	r.mu.Unlock()
 	for _, stop := range stops {
 		stop()
+	}
+	for _, d := range all {
+		d.pools.Leave()
 	}
 	for _, d := range tab.all {
 		r.cfg.Epoch.Retire(func() { d.PutNamed(holderRegistry) })

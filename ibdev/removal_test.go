@@ -16,6 +16,7 @@ import (
 	"github.com/openrds/openrds/internal/simnet"
 	"github.com/openrds/openrds/mrpool"
 	"github.com/openrds/openrds/verbs"
+	"github.com/openrds/openrds/verbs/faultverbs"
 	"github.com/openrds/openrds/verbs/softroce"
 )
 
@@ -323,6 +324,75 @@ func TestTeardownOrder(t *testing.T) {
 		b.Put()
 		r.close()
 	})
+}
+
+// TestTeardownTriesAgain: whatever a device does not give back at first, once, it has given back when the teardown has ended, and
+// the address can be opened again. What it never gives back is named.
+func TestTeardownTriesAgain(t *testing.T) {
+	errTest := errors.New("the test says no")
+	use := func(t *testing.T, r *rig, d *Device) { // leaves what only the teardown gives back
+		var h quietHandler
+		qp, err := d.CreateQP(QPConfig{MaxSendWR: 4, PoolWR: 8, MaxSendSGE: 1}, &h)
+		if err != nil {
+			t.Fatal(err)
+		}
+		qp.Close()
+		c, err := r.slab.Alloc(4096)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := d.SGE(c, 0, 1); err != nil {
+			t.Fatal(err)
+		}
+		c.Put()
+		m, err := d.Pools().Register(context.Background(), make([]byte, 100), 0, verbs.AccessLocalWrite)
+		if err != nil {
+			t.Fatal(err)
+		}
+		m.Free(nil)
+	}
+	for _, op := range []faultverbs.Op{faultverbs.Deregister, faultverbs.CloseSRQ, faultverbs.CloseCQ, faultverbs.ClosePD, faultverbs.CloseDevice} {
+		failed := 0
+		for n, done := 1, false; !done && !t.Failed(); n++ {
+			synctest.Test(t, func(t *testing.T) {
+				var f faultverbs.Faults
+				r, p := newWatchedRig(t)
+				r.reg.cfg.Providers = []verbs.Provider{faultverbs.Wrap(p, &f)}
+				d := r.open(addrA)
+				use(t, r, d)
+				f.Fail(op, n, errTest)
+				if err := d.Close(context.Background()); err != nil {
+					t.Errorf("%v number %d fails: %v", op, n, err)
+				}
+				if done = f.Clear() > 0; !done {
+					failed++
+				}
+				// The provider has nothing left: all of a device's children are closed before it is.
+				d = r.open(addrA)
+				d.Put()
+				r.close()
+			})
+		}
+		if want := map[faultverbs.Op]int{faultverbs.Deregister: 3, faultverbs.CloseSRQ: 2, faultverbs.CloseCQ: 2, faultverbs.ClosePD: 1, faultverbs.CloseDevice: 1}[op]; failed < want {
+			t.Errorf("%v failed %d times, want %d", op, failed, want)
+		}
+		synctest.Test(t, func(t *testing.T) {
+			var f faultverbs.Faults
+			r, p := newWatchedRig(t)
+			r.reg.cfg.Providers = []verbs.Provider{faultverbs.Wrap(p, &f)}
+			d := r.open(addrA)
+			use(t, r, d)
+			f.FailAll(op, errTest)
+			if err := d.Close(context.Background()); !errors.Is(err, errTest) || !strings.Contains(err.Error(), "device softroce-10.0.0.1: ") {
+				t.Errorf("%v always fails: %v", op, err)
+			}
+			f.Clear()
+			if err := d.releaseAll(); err != nil {
+				t.Error(err)
+			}
+			r.close()
+		})
+	}
 }
 
 type closeLog struct {

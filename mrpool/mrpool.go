@@ -87,7 +87,9 @@ type Pools struct {
 	qps   map[*QP]struct{}
 	lists [2][]verbs.PageList // of queue pairs that are gone, for new ones
 
-	closing sync.Mutex // serialises Close
+	closing sync.Mutex    // serialises Close
+	leaving chan struct{} // closed by Leave
+	left    sync.Once
 }
 
 type noRef struct{}
@@ -109,7 +111,7 @@ func New(cfg Config) (*Pools, error) {
 	if cfg.MaxWait == 0 {
 		cfg.MaxWait = DefaultMaxWait
 	}
-	ps := &Pools{cfg: cfg, pd: cfg.PD, ref: cfg.Ref, logger: cfg.Logger, qps: make(map[*QP]struct{})}
+	ps := &Pools{cfg: cfg, pd: cfg.PD, ref: cfg.Ref, logger: cfg.Logger, qps: make(map[*QP]struct{}), leaving: make(chan struct{})}
 	a := &cfg.Attr
 	ps.ways = [numKinds]way{byFastReg: &fastReg{ps}, byWindow: &window{ps}, byRegistration: &registration{ps}}
 	largePages := LargePages
@@ -327,6 +329,11 @@ func (ps *Pools) Invalidated(key verbs.RKey) bool {
 	}
 	return false
 }
+
+// Leave says that the device is on its way out, and Close will follow when the last reference to it is gone. The recovery worker,
+// which holds one, does not go on with regions that the device does not take back: they are left for Close. Everything else
+// works as before. It does not wait.
+func (ps *Pools) Leave() { ps.left.Do(func() { close(ps.leaving) }) }
 
 // Close ends the pools: it cancels the workers, recovery first, waits for a run in progress, and gives all regions back
 // to the device itself. It waits for no queue: queue pairs have been closed, and mappings given back, before. What has

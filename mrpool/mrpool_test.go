@@ -683,6 +683,41 @@ func TestCloseCancelsRecovery(t *testing.T) {
 	})
 }
 
+// TestLeave: a device that takes nothing back is not kept by those who try to give it something.
+func TestLeave(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		q, f := r.qp(16)
+		m, m2 := r.mustMap(q, 0, 1), r.mustMap(q, 1, 1)
+		var told []error
+		note := func(err error) { told = append(told, err) }
+		r.pd.denyNext(1 << 20)
+		gone(q, f)
+		r.mustUnmap(m, note)
+		time.Sleep(time.Minute)
+		if n := r.dev.Refs(); n != 3 { // the test's, the worker's, that of the second mapping
+			t.Errorf("%d references", n)
+		}
+		r.ps.Leave()
+		r.ps.Leave()
+		synctest.Wait()
+		if n := r.dev.Refs(); n != 2 || len(told) != 0 {
+			t.Errorf("%d references; told %v", n, told)
+		}
+		r.mustUnmap(m2, note) // one attempt, and no more
+		synctest.Wait()
+		if n := r.dev.Refs(); n != 1 || len(told) != 0 {
+			t.Errorf("%d references; told %v", n, told)
+		}
+		r.pd.denyNext(0)
+		r.dev.Put()
+		if err := <-r.down; err != nil || len(told) != 2 || told[0] != nil || told[1] != nil {
+			t.Errorf("torn down: %v; told %v", err, told)
+		}
+		r.clean()
+	})
+}
+
 // TestLastReferenceFromFlush: the flush worker's run drops the last reference, whose teardown cancels that worker.
 func TestLastReferenceFromFlush(t *testing.T) {
 	for _, inside := range []bool{false, true} {

@@ -14,11 +14,29 @@ const (
 	recoverTries = 8
 )
 
-// recoveryRound replaces stale regions, and has queues try again that refused an invalidation, with a pause that grows while some cannot be.
+// recoveryRound replaces stale regions, and has queues try again that refused an invalidation, with a pause that grows while
+// some cannot be. It ends with something left, for Close, when stop is closed, and instead of pausing when the pools are being
+// left (Pools.Leave): a run holds a reference to the device, and what a device does not give back may never come.
 func (p *pool) recoveryRound(stop <-chan struct{}) {
 	pause := recoverFirst
 	var left []*item
 	var stuck []*QP
+	leave := func() {
+		for _, it := range left {
+			p.stale.push(it)
+		}
+		p.mu.Lock()
+		p.stuck = append(p.stuck, stuck...)
+		p.mu.Unlock()
+	}
+	stopped := func() bool {
+		select {
+		case <-stop:
+			return true
+		default:
+			return false
+		}
+	}
 	for {
 		p.mu.Lock()
 		stuck = append(stuck, p.stuck...)
@@ -28,31 +46,23 @@ func (p *pool) recoveryRound(stop <-chan struct{}) {
 			return q.tryPump() || !q.ready() // done, or lost, or it waits for completions
 		})
 		left = append(left, p.stale.popAll(p)...)
-		keep := left[:0]
-		for i, it := range left {
-			select {
-			case <-stop:
-				keep = append(keep, left[i:]...)
-				for _, it := range keep {
-					p.stale.push(it) // Close takes them
-				}
-				return
-			default:
-			}
-			if !p.replace(it) {
-				keep = append(keep, it)
-			}
-		}
-		if left = keep; len(left) == 0 && len(stuck) == 0 {
+		left = slices.DeleteFunc(left, func(it *item) bool { return !stopped() && p.replace(it) })
+		if len(left) == 0 && len(stuck) == 0 {
 			return
 		}
 		t := time.NewTimer(pause)
 		select {
 		case <-t.C:
 		case <-p.recovery.poke:
+		case <-p.ps.leaving:
+			stop = p.ps.leaving
 		case <-stop:
 		}
 		t.Stop()
+		if stopped() {
+			leave()
+			return
+		}
 		pause = min(2*pause, recoverMost)
 	}
 }
