@@ -27,13 +27,14 @@ const (
 
 // Defaults of Config.
 const (
-	DefaultBuffer       = 4 << 20 // send and receive buffer: the largest message fits four times
-	DefaultMaxPeerBytes = 64 << 20
-	DefaultMaxLentBytes = 16 << 20
-	DefaultMaxReserved  = 16 << 20
-	DefaultHoldTime     = time.Second
-	DefaultHoldBytes    = 4 << 20
-	DefaultLinger       = 5 * time.Second
+	DefaultBuffer         = 4 << 20 // send and receive buffer: the largest message fits four times
+	DefaultMaxPeerBytes   = 64 << 20
+	DefaultMaxSocketBytes = 256 << 20
+	DefaultMaxLentBytes   = 16 << 20
+	DefaultMaxReserved    = 16 << 20
+	DefaultHoldTime       = time.Second
+	DefaultHoldBytes      = 4 << 20
+	DefaultLinger         = 5 * time.Second
 )
 
 // minPeerBytes lets any peer have the longest message queued and the next on its way.
@@ -64,6 +65,11 @@ type Config struct {
 	// congestion: past it the connection is reset, nothing is lost, and only that peer waits.
 	// Zero: DefaultMaxPeerBytes; at least 2 MiB.
 	MaxPeerBytes int
+
+	// MaxSocketBytes bounds what a socket has queued beyond its receive buffer, of all peers together, when they ignore congestion: past
+	// it the connections of those that have more than 1 MiB queued are reset as above. Zero: DefaultMaxSocketBytes; twice the
+	// receive buffer is always allowed.
+	MaxSocketBytes int
 
 	// MaxSlabBytes bounds the memory that is sent from and received into, of all connections together. Zero: 1 GiB.
 	MaxSlabBytes int64
@@ -118,6 +124,9 @@ func (c *Config) validate() error {
 	if c.MaxPeerBytes != 0 && c.MaxPeerBytes < minPeerBytes {
 		bad("MaxPeerBytes of %d bytes, needs at least %d", c.MaxPeerBytes, minPeerBytes)
 	}
+	if c.MaxSocketBytes < 0 {
+		bad("MaxSocketBytes of %d bytes", c.MaxSocketBytes)
+	}
 	if c.MaxSlabBytes < 0 {
 		bad("MaxSlabBytes of %d", c.MaxSlabBytes)
 	}
@@ -140,6 +149,7 @@ func (c Config) withDefaults() Config {
 	def(&c.SendBuffer, DefaultBuffer)
 	def(&c.ReceiveBuffer, DefaultBuffer)
 	def(&c.MaxPeerBytes, DefaultMaxPeerBytes)
+	def(&c.MaxSocketBytes, DefaultMaxSocketBytes)
 	def(&c.MaxLentBytes, DefaultMaxLentBytes)
 	def(&c.MaxReservedBytes, DefaultMaxReserved)
 	def(&c.HoldBytes, DefaultHoldBytes)

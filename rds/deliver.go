@@ -32,7 +32,11 @@ type run struct {
 	msgs   int
 	bytes  int64
 	charge int64
+	room   int64 // charge until the socket's hard bound
 }
+
+// fairShare is what a peer may have in the queues even of a socket that has passed its hard bound because of others.
+const fairShare = 1 << 20
 
 // maxRuns is how many sockets a batch keeps apart. Datagrams of more than that interleaved cost some atomic additions
 // more each.
@@ -62,7 +66,7 @@ func (b *runs) to(s *Socket) *run {
 			b.victim = (b.victim + 1) % maxRuns
 			b.rs[i].end()
 		}
-		b.rs[i] = run{s: s}
+		b.rs[i] = run{s: s, room: s.hardBound() - s.q.charge.Load()}
 	}
 	r := &b.rs[i]
 	s.q.inMu.Lock()
@@ -110,7 +114,7 @@ func (r *run) end() {
 }
 
 // deliver queues msgs, which came from p with type of service tos, at their sockets. It returns how many it took; fewer than
-// all only if the next would take p past limit.
+// all only if the next would take p past limit, or its socket past the hard bound.
 func (svc *Service) deliver(p *peer, tos uint8, msgs []conn.Incoming, limit int64) int {
 	la := p.la
 	room := limit - p.queued.Load()
@@ -143,6 +147,10 @@ func (svc *Service) deliver(p *peer, tos uint8, msgs []conn.Incoming, limit int6
 		charge := chargeOf(m.Len)
 		if total+charge > room {
 			svc.ctr.recvPeerLimit.Add(1)
+			break
+		}
+		if r.charge+charge > r.room && limit-room+total > fairShare && limit < maxInt64 { // who is local has seen the bit
+			svc.ctr.recvSocketLimit.Add(1)
 			break
 		}
 		if m.Ext == nil && q.stamps == 0 {

@@ -103,6 +103,9 @@ func (s *Socket) wakeWriters() {
 // Addr is the address the socket is bound to.
 func (s *Socket) Addr() Addr { return Addr{s.AddrPort()} }
 
+// Service is what the socket belongs to.
+func (s *Socket) Service() *Service { return s.svc }
+
 // AddrPort is Addr as a netip value.
 func (s *Socket) AddrPort() netip.AddrPort { return netip.AddrPortFrom(s.la.addr, s.port) }
 
@@ -255,6 +258,11 @@ func (s *Socket) Close() error {
 func (s *Socket) overfull(bytes, charge int64) bool {
 	limit := s.rcvbuf.Load()
 	return bytes > limit || charge > 2*limit+chargeSlack
+}
+
+// hardBound is the charge past which the peers with most in the queue are refused: they ignore congestion.
+func (s *Socket) hardBound() int64 {
+	return max(int64(s.svc.cfg.MaxSocketBytes), 2*s.rcvbuf.Load()+chargeSlack)
 }
 
 // relaxed reports whether it is little enough to end congestion.

@@ -24,6 +24,7 @@ type counters struct {
 	recvPing         atomic.Uint64
 	recvHeld         atomic.Uint64
 	recvPeerLimit    atomic.Uint64
+	recvSocketLimit  atomic.Uint64
 	recvShort        atomic.Uint64
 	recvLoanCopied   atomic.Uint64
 	recvUnknownKey   atomic.Uint64
@@ -58,6 +59,7 @@ type Stats struct {
 	RecvLocalPing     uint64 // pings from sockets of this Service to its own addresses
 	RecvHeld          uint64 // messages kept for a port that was not bound yet
 	RecvPeerLimit     uint64 // times a peer met MaxPeerBytes
+	RecvSocketLimit   uint64 // times a peer met a socket's hard bound
 	RecvShortBuffer   uint64 // messages cut because the reader's buffer was too short
 	RecvLoanCopied    uint64 // messages copied because of MaxLentBytes
 	RecvUsedOnce      uint64 // regions for one use freed because a peer said that it had used them
@@ -120,6 +122,7 @@ func (svc *Service) Stats() Stats {
 	st.RecvLocalPing = c.recvPing.Load()
 	st.RecvHeld = c.recvHeld.Load()
 	st.RecvPeerLimit = c.recvPeerLimit.Load()
+	st.RecvSocketLimit = c.recvSocketLimit.Load()
 	st.RecvShortBuffer = c.recvShort.Load()
 	st.RecvLoanCopied = c.recvLoanCopied.Load()
 	st.RecvUsedOnce = c.recvUsedOnce.Load()
