@@ -713,3 +713,22 @@ func TestZones(t *testing.T) {
 		t.Errorf("a zone counts for an address that has none: %v", err)
 	}
 }
+
+// Datagrams between link-local addresses, by way of connections.
+func TestZonesStack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		net := simnet.ForTest(t, 51, simnet.Config{Link: simnet.LinkConfig{Delay: 100 * time.Microsecond}})
+		sa, sb := openSim(t, net, Config{}), openSim(t, net, Config{})
+		a := bind(t, sa, ap(netip.MustParseAddr("fe80::1%eth0"), 4000))
+		b := bind(t, sb, ap(netip.MustParseAddr("fe80::2%eth0"), 4000))
+		a.SetWriteDeadline(time.Now().Add(time.Second))
+		mustWrite(t, a, []byte("hello"), b.AddrPort())
+		b.SetReadDeadline(time.Now().Add(10 * time.Second))
+		wantRead(t, b, []byte("hello"), a.AddrPort())
+		mustWrite(t, b, []byte("you"), a.AddrPort())
+		a.SetReadDeadline(time.Now().Add(10 * time.Second))
+		wantRead(t, a, []byte("you"), b.AddrPort())
+		closeService(t, sa)
+		closeService(t, sb)
+	})
+}

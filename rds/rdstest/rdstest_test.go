@@ -1,12 +1,14 @@
 package rdstest_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/netip"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -113,6 +115,143 @@ func TestSocketsSim(t *testing.T) {
 	}
 }
 
+// batchConn reads and writes through the batch calls, several datagrams at a time where there are several.
+type batchConn struct {
+	*rds.Socket
+	mu   sync.Mutex // readers
+	ms   [8]rds.BatchMessage
+	r, w int
+}
+
+func (c *batchConn) WriteTo(p []byte, addr net.Addr) (int, error) {
+	half := len(p) / 2
+	ms := [1]rds.BatchMessage{{Buffers: [][]byte{p[:half], p[half:]}, Addr: addr.(rds.Addr).AddrPort()}}
+	if _, err := c.WriteBatch(ms[:], 0); err != nil {
+		return 0, err
+	}
+	return ms[0].N, nil
+}
+
+func (c *batchConn) ReadFrom(p []byte) (int, net.Addr, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.r == c.w {
+		c.r, c.w = 0, 0
+		for i := range c.ms {
+			if c.ms[i].Buffers == nil {
+				c.ms[i].Buffers = [][]byte{make([]byte, 1000), make([]byte, rdstest.MaxSize)}
+			}
+		}
+		n, err := c.ReadBatch(c.ms[:], 0)
+		if err != nil {
+			return 0, nil, err
+		}
+		c.w = n
+	} else if _, _, _, err := c.ReadMsg(nil, rds.MsgPeek|rds.MsgDontWait|rds.MsgTrunc); err != nil && !errors.Is(err, rds.ErrWouldBlock) {
+		return 0, nil, err // closed, or past the deadline: what is here already may not be had either
+	}
+	m := &c.ms[c.r]
+	c.r++
+	n := 0
+	for _, b := range m.Buffers {
+		n += copy(p[n:], b[:max(0, min(len(b), m.N-n))])
+	}
+	if n < m.N {
+		return n, rds.AddrFromAddrPort(m.Addr), io.ErrShortBuffer
+	}
+	return n, rds.AddrFromAddrPort(m.Addr), nil
+}
+
+// lendingConn writes into memory that is sent as it is, and reads what is lent.
+type lendingConn struct{ *rds.Socket }
+
+func (c *lendingConn) WriteTo(p []byte, addr net.Addr) (int, error) {
+	b, err := c.Alloc(len(p))
+	if err != nil {
+		return 0, err
+	}
+	defer b.Free()
+	b.Write(p)
+	if err := c.Send(context.Background(), rds.Message{Peer: addr.(rds.Addr).AddrPort(), Buffer: b}); err != nil {
+		return 0, err
+	}
+	return len(p), nil
+}
+
+func (c *lendingConn) ReadFrom(p []byte) (n int, _ net.Addr, err error) {
+	m, err := c.Receive(context.Background())
+	if err != nil {
+		return 0, nil, err
+	}
+	defer m.Release()
+	for _, b := range m.Buffers() {
+		n += copy(p[n:], b)
+	}
+	if n < m.Len() {
+		err = io.ErrShortBuffer
+	}
+	return n, rds.AddrFromAddrPort(m.Peer), err
+}
+
+// pollingConn waits as an event loop does, and never in a read or a write.
+type pollingConn struct {
+	*rds.Socket
+	rc syscall.RawConn
+}
+
+func (c *pollingConn) ReadFrom(p []byte) (n int, from net.Addr, err error) {
+	werr := c.rc.Read(func(uintptr) bool {
+		var ap netip.AddrPort
+		if n, ap, err = c.TryReadFromAddrPort(p); errors.Is(err, rds.ErrWouldBlock) {
+			return false
+		}
+		from = rds.AddrFromAddrPort(ap)
+		return true
+	})
+	if werr != nil {
+		return 0, nil, werr
+	}
+	return n, from, err
+}
+
+func (c *pollingConn) WriteTo(p []byte, addr net.Addr) (n int, err error) {
+	werr := c.rc.Write(func(uintptr) bool {
+		n, err = c.TryWriteToAddrPort(p, addr.(rds.Addr).AddrPort())
+		return !errors.Is(err, rds.ErrNoBufferSpace) && !errors.Is(err, rds.ErrCongested)
+	})
+	if werr != nil {
+		return 0, werr
+	}
+	return n, err
+}
+
+// The other ways to read and write carry the same datagrams.
+func TestSocketsOtherCalls(t *testing.T) {
+	for name, wrap := range map[string]func(*rds.Socket) net.PacketConn{
+		"batches": func(s *rds.Socket) net.PacketConn { return &batchConn{Socket: s} },
+		"loans":   func(s *rds.Socket) net.PacketConn { return &lendingConn{s} },
+		"polling": func(s *rds.Socket) net.PacketConn {
+			rc, err := s.SyscallConn()
+			if err != nil {
+				t.Fatal(err)
+			}
+			return &pollingConn{s, rc}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			port := freePort(t)
+			rdstest.TestPacketConn(t, func(n int) ([]net.PacketConn, func(), error) {
+				conns, stop, err := hosts(t, n, func() rds.Config { return rds.Config{UDPPort: port} },
+					func(i int) netip.Addr { return netip.AddrFrom4([4]byte{127, 0, 0, byte(140 + i)}) })
+				for i, c := range conns {
+					conns[i] = wrap(c.(*rds.Socket))
+				}
+				return conns, stop, err
+			})
+		})
+	}
+}
+
 // streamConn makes a stream of a connected socket for nettest: writes of any length become datagrams, reads take what is left of
 // the last one, and an empty datagram, which Close sends, is the end that RDS does not have.
 type streamConn struct {
@@ -177,14 +316,18 @@ func TestConn(t *testing.T) {
 		if err != nil {
 			return nil, nil, nil, err
 		}
-		var ends [2]*streamConn
-		for i, c := range conns {
-			ends[i] = &streamConn{Socket: c.(*rds.Socket)}
-			if err := ends[i].Connect(conns[1-i].LocalAddr()); err != nil {
-				stop()
-				return nil, nil, nil, err
-			}
+		// One end dials the other, which connects back.
+		server := conns[1].(*rds.Socket)
+		d := rds.Dialer{ListenConfig: rds.ListenConfig{Service: conns[0].(*rds.Socket).Service()}}
+		c, err := d.Dial("rds", server.Addr().String())
+		if err == nil {
+			err = server.Connect(c.LocalAddr())
 		}
+		if err != nil {
+			stop()
+			return nil, nil, nil, err
+		}
+		ends := [2]*streamConn{{Socket: c.(*rds.Socket)}, {Socket: server}}
 		return ends[0], ends[1], func() {
 			ends[0].Close()
 			ends[1].Close()
