@@ -2,6 +2,7 @@ package rds
 
 import (
 	"context"
+	"errors"
 	"testing"
 
 	"github.com/openrds/openrds/internal/invariants"
@@ -76,6 +77,56 @@ func TestNoAllocs(t *testing.T) {
 			m.Release()
 		}
 	})
+	in := make([]BatchMessage, len(ms))
+	for i := range in {
+		in[i].Buffers = [][]byte{make([]byte, 64)}
+	}
+	wantNoAllocs(t, "ReadBatch", len(ms), 10, func() {
+		svc.deliver(peer, 0, ms, maxInt64)
+		if n, err := s.ReadBatch(in, 0); n != len(ms) || err != nil {
+			t.Fatal(n, err)
+		}
+	})
+	out := make([]BatchMessage, 64)
+	for i := range out {
+		out[i] = BatchMessage{Buffers: [][]byte{p}, Addr: to}
+	}
+	wantNoAllocs(t, "WriteBatch", len(out), 10, func() {
+		if n, err := s.WriteBatch(out, 0); n != len(out) || err != nil {
+			t.Fatal(n, err)
+		}
+	})
+	wantNoAllocs(t, "TryReadFromAddrPort", 2, 10, func() {
+		svc.deliver(peer, 0, ms[:1], maxInt64)
+		if _, _, err := s.TryReadFromAddrPort(p); err != nil {
+			t.Fatal(err)
+		}
+		if _, _, err := s.TryReadFromAddrPort(p); !errors.Is(err, ErrWouldBlock) {
+			t.Fatal(err)
+		}
+	})
+	if err := s.SetTimestamps(true); err != nil {
+		t.Fatal(err)
+	}
+	wantNoAllocs(t, "Receive with a time", len(ms), 10, func() {
+		svc.deliver(peer, 0, ms, maxInt64)
+		for range ms {
+			m, err := s.Receive(ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			m.Release()
+		}
+	})
+	s.SetTimestamps(false)
+	drained(s)
+	second := ap(addrB.Next(), 4000)
+	wantNoAllocs(t, "WriteToAddrPort to a second host", 1, 10, func() {
+		if _, err := s.WriteToAddrPort(p, second); err != nil {
+			t.Fatal(err)
+		}
+	})
+	drained(s)
 	big := batch64(4000)
 	for i := range big {
 		big[i].Len, big[i].First.Data = 100000, make([]byte, 100000)
@@ -89,5 +140,4 @@ func TestNoAllocs(t *testing.T) {
 			}
 		}
 	})
-	drained(s)
 }
