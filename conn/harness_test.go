@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"hash/fnv"
+	"math/rand/v2"
 	"net/netip"
 	"os"
 	"sync"
@@ -273,16 +274,20 @@ func (o *testOwner) get() (msgs, bytes int) {
 	return o.msgs, o.bytes
 }
 
-// pattern fills b with content that depends on stream and number.
+// noise is what patterns are cut from.
+var noise = func() []byte {
+	b := make([]byte, 4<<20)
+	rand.NewChaCha8([32]byte{}).Read(b)
+	return b
+}()
+
+// pattern fills b with content that depends on stream and number. It copies, since the race detector looks at each byte
+// written otherwise.
 func pattern(b []byte, stream uint16, n uint64) []byte {
-	x := uint64(stream)<<48 ^ n*0x9e3779b97f4a7c15
-	for i := range b {
-		if i%8 == 0 {
-			x ^= x << 13
-			x ^= x >> 7
-			x ^= x << 17
-		}
-		b[i] = byte(x >> (8 * (i % 8)))
+	x := uint64(stream)<<48 ^ n
+	for p := b; len(p) > 0; {
+		x = (x + 1) * 0x9e3779b97f4a7c15
+		p = p[copy(p, noise[x>>43:]):]
 	}
 	return b
 }
