@@ -167,7 +167,7 @@ func stressPair(t *testing.T, change func(*stressOptions), also func(*stress)) (
 		s.opt.Port = 4300
 		if i == 1 {
 			s.opt.SendAddr = netip.MustParseAddr("127.0.0.51")
-			s.opt.RunTime, s.opt.ConnectRetries, s.opt.Verify = 3, 50, true
+			s.opt.RunTime, s.opt.ConnectRetries, s.opt.Verify = 8, 50, true
 			change(&s.opt)
 		}
 		if also != nil {
