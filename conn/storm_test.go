@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"go.uber.org/atomic"
+
 	"github.com/openrds/openrds/ibdev"
 	"github.com/openrds/openrds/internal/simnet"
 	"github.com/openrds/openrds/verbs"
@@ -19,7 +21,7 @@ type cpu struct {
 	mu   sync.Mutex
 	free time.Time
 	cost time.Duration // of one side of a handshake
-	used int
+	used atomic.Int64  // handshakes
 }
 
 func (c *cpu) handshake() {
@@ -29,7 +31,7 @@ func (c *cpu) handshake() {
 		c.free = now
 	}
 	c.free = c.free.Add(c.cost)
-	c.used++
+	c.used.Inc()
 	wait := c.free.Sub(now)
 	c.mu.Unlock()
 	time.Sleep(wait)
@@ -183,12 +185,12 @@ func TestReconnectStorm(t *testing.T) {
 				if tc.pause > s.hub.m.cfg.DeadAfter && st.PeersDown != peers {
 					t.Errorf("%d peers reported down", st.PeersDown)
 				}
-				before, used := s.attempts(), s.cpu.used
+				before, used := s.attempts(), s.cpu.used.Load()
 				net.SetDefaultLink(stormLink)
 				took := s.settle(2, time.Minute)
 				tries := s.attempts() - before
 				t.Logf("after %v: median %v, 99%% %v, all %v; %d attempts, %d handshakes at the hub; %d attempts meanwhile", tc.pause, took[peers/2],
-					took[peers*99/100], took[peers-1], tries, s.cpu.used-used, before)
+					took[peers*99/100], took[peers-1], tries, s.cpu.used.Load()-used, before)
 				if d := took[peers*99/100]; d > 3*time.Second {
 					t.Errorf("99 of 100 are back after %v", d)
 				}
