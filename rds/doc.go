@@ -32,9 +32,25 @@
 //
 // # Memory
 //
-// [Socket.ReadFromAddrPort] and [Socket.WriteToAddrPort] copy and do not allocate.
-// [Socket.Receive] lends the datagram until [Message.Release] and does not allocate either.
-// Everything that a peer or a forgotten Release can make grow is bounded by [Config].
+// [Socket.ReadFromAddrPort] and [Socket.WriteToAddrPort] copy and do not allocate, nor do [Socket.ReadBatch] and
+// [Socket.WriteBatch], which move many datagrams in one call. [Socket.Receive] lends the datagram until [Message.Release] and
+// does not allocate either. [Socket.Alloc] lends memory to write a datagram into, from which it is sent without another copy.
+// Everything that a peer or a forgotten Release can make grow is bounded by [Config]; built with -tags invariants,
+// [Service.Close] names the calls whose loans are still out.
+//
+// # Waiting
+//
+// Deadlines and contexts end every wait, for a congested destination too. Calls whose name begins with Try never wait; [Socket.ReadMsg]
+// has the flags of recvmsg. [Socket.SyscallConn] gives a descriptor to poll beside others. [Message].Notify asks for a
+// [Completion] when the peer has acknowledged a datagram.
+//
+// One destination holds at most half of a send buffer that others use too, so one that takes nothing does not stop the rest.
+//
+// # Coming from net, or from the kernel's RDS
+//
+// [ListenConfig] and [Dialer] have the shapes of package net's; a Socket is a [net.PacketConn], and once connected a [net.Conn]. Doc
+// comments name the kernel's options and control messages, and each error matches the kernel's errno: docs/compatibility.md
+// lists all of them.
 //
 // # RDMA
 //
@@ -45,6 +61,6 @@
 //
 // # Limitations
 //
-// Addresses are IP literals; names are not resolved. Masked atomics are not there: no device has them. An address of a
+// Only ListenConfig and Dialer resolve names. Masked atomics are not there: no device has them. An address of a
 // host belongs to one Service.
 package rds
