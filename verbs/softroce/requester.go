@@ -583,6 +583,10 @@ func (d *device) timeout(q *qp) {
 		}
 		q.rnrUntil = time.Time{}
 		q.deadline = time.Time{}
+		// Nothing was lost, but the peer may still not be ready: it is asked with a handful of packets, not with a window that it
+		// would throw away again. The window opens with its acknowledgements as fast as it was.
+		q.ssthresh = max(q.ssthresh, q.cwnd)
+		q.cwnd = min(q.cwnd, minWindow)
 		d.goBack(q, q.una, false)
 		q.backAt = time.Time{} // it was no answer to a loss: a sequence NAK from now on is news
 		return
