@@ -198,18 +198,26 @@ func (c *Conn) wakeUpWaitLocked() {
 const holderPaged = "on-demand region"
 
 // deregister gives mr back however long its operations take: nothing may touch memory that its owner believes
-// to be its own again.
+// to be its own again. A device that refuses for another reason is asked a few times; then the owner is told that it has not
+// given the memory back.
 func deregister(d *ibdev.Device, mr verbs.MR, done func(error)) {
 	err := mr.Deregister()
-	for errors.Is(err, verbs.ErrBusy) {
+	for refused := 0; err != nil; err = mr.Deregister() {
+		if !errors.Is(err, verbs.ErrBusy) {
+			if refused++; refused == deregisterTries {
+				break
+			}
+		}
 		time.Sleep(deregisterRetry)
-		err = mr.Deregister()
 	}
 	done(err)
 	d.PutNamed(holderPaged)
 }
 
-const deregisterRetry = 100 * time.Millisecond
+const (
+	deregisterRetry = 100 * time.Millisecond
+	deregisterTries = 5
+)
 
 // opened is the device the address listens on, with a reference for the caller; nil: there is none. May wait.
 func (s *site) opened(ctx context.Context) (*ibdev.Device, error) {

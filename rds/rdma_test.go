@@ -30,9 +30,10 @@ type rdmaPair struct {
 	client, server *Socket
 }
 
-// eachPair runs fn between two hosts in both dialects, and between two addresses of one Service.
+// eachPair runs fn between two hosts in both dialects, between two addresses of one Service, and between hosts whose devices have
+// neither fast registration nor windows.
 func eachPair(t *testing.T, fn func(t *testing.T, p *rdmaPair)) {
-	for _, mode := range []string{"open", "kernel", "local"} {
+	for _, mode := range []string{"open", "kernel", "local", "plain"} {
 		t.Run(mode, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				p := newRDMAPair(t, mode, Config{})
@@ -48,9 +49,22 @@ func newRDMAPair(t *testing.T, mode string, cfg Config) *rdmaPair {
 	if mode == "kernel" {
 		cfg.Dialect = DialectKernelOnly
 	}
-	p.svcs = append(p.svcs, openSim(t, p.net, cfg))
-	if mode != "local" {
-		p.svcs = append(p.svcs, openSim(t, p.net, cfg))
+	open := func() {
+		if mode != "plain" {
+			p.svcs = append(p.svcs, openSim(t, p.net, cfg))
+			return
+		}
+		var f faultverbs.Faults
+		f.Without(verbs.CapMemMgtExtensions | verbs.CapMW1 | verbs.CapMW2A | verbs.CapMW2B)
+		cfg.Providers = []verbs.Provider{faultverbs.Wrap(softroce.New(softroce.Config{Network: p.net}), &f)}
+		svc, err := Open(cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.svcs = append(p.svcs, svc)
+	}
+	if open(); mode != "local" {
+		open()
 	}
 	p.client = bind(t, p.svcs[0], ap(addrA, 4000))
 	p.server = bind(t, p.svcs[len(p.svcs)-1], ap(addrB, 4000))
@@ -762,7 +776,7 @@ func TestRegionDeviceGone(t *testing.T) {
 
 // TestRegionsBounded: a device has so many regions and no more. What waits gets the one that comes back.
 func TestRegionsBounded(t *testing.T) {
-	for _, mode := range []string{"open", "kernel"} {
+	for _, mode := range []string{"open", "kernel", "plain"} {
 		t.Run(mode, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				p := newRDMAPair(t, mode, Config{MemoryPools: ibdev.PoolConfig{Small: mrpool.PoolConfig{MaxItems: 4}, Large: mrpool.PoolConfig{MaxPinned: 1 << 20}}})
@@ -966,53 +980,6 @@ func TestArenaRegion(t *testing.T) {
 	closeService(t, other)
 	if err := a.Close(); err != nil {
 		t.Error(err)
-	}
-}
-
-// TestRDMAFaultLoop fails the nth call to the provider, for each n until nothing fails: no operation is told twice, nothing
-// hangs, nothing is left.
-func TestRDMAFaultLoop(t *testing.T) {
-	for n := 1; ; n++ {
-		unused := 0
-		synctest.Test(t, func(t *testing.T) {
-			net := simnet.ForTest(t, uint64(n), simnet.Config{Link: simnet.LinkConfig{Delay: 50 * time.Microsecond}})
-			var faults faultverbs.Faults
-			svc, err := Open(Config{Providers: []verbs.Provider{faultverbs.Wrap(softroce.New(softroce.Config{Network: net}), &faults)}})
-			if err != nil {
-				t.Fatal(err)
-			}
-			other := openSim(t, net, Config{})
-			s, c := bind(t, svc, ap(addrB, 4000)), bind(t, other, ap(addrA, 4000))
-			remote := mustRegister(t, c, 10000, RegionOptions{})
-			faults.Fail(faultverbs.Any, n, verbs.ErrNoMemory)
-			ctx, cancel := context.WithTimeout(bg(), time.Minute)
-			defer cancel()
-			if local, err := s.RegisterRegion(ctx, make([]byte, 10000), RegionOptions{}); err == nil {
-				err = s.Send(ctx, Message{Peer: c.AddrPort(), Data: []byte("x"), RDMA: &RDMA{Op: RDMAWrite, Local: []Piece{local.Piece(0, 10000)}, Remote: remote.Cookie(), Notify: true}})
-				if err == nil {
-					if _, err := s.ReadCompletion(ctx); err != nil {
-						t.Errorf("n=%d: no completion: %v", n, err)
-					}
-				}
-				local.Invalidate(ctx)
-				waitDone(t, local)
-			} else if !errors.Is(err, ErrPoolExhausted) {
-				t.Errorf("n=%d: %v", n, err)
-			}
-			if r, err := s.SendMapped(ctx, Message{Peer: c.AddrPort()}, make([]byte, 5000), RegionOptions{}); err == nil {
-				r.Close()
-			}
-			mustWrite(t, s, []byte("last"), c.AddrPort())
-			for string(mustReceive(t, c).Data) != "last" {
-			}
-			unused = faults.Clear()
-			svc.Close() // what fails here was asked for
-			closeService(t, other)
-		})
-		if unused > 0 || t.Failed() {
-			t.Logf("%d calls", n-1)
-			return
-		}
 	}
 }
 
