@@ -130,6 +130,12 @@ func (c *Conn) control() {
 			now := time.Now()
 			wait := max(c.ctl.tryAt.Sub(now), c.peer.penaltyLeft(now))
 			c.mu.Unlock()
+			if left, due := c.peer.untilDead(now); due && left <= 0 {
+				c.dead()
+				continue
+			} else if due && wait > left {
+				wait = left
+			}
 			if wait > 0 {
 				c.pause(wait)
 				continue
@@ -298,11 +304,16 @@ func (c *Conn) connect() {
 		return
 	}
 	if c.peer.missing(time.Now()) >= m.cfg.DeadAfter {
-		c.peer.isDown()
-		c.mu.Lock()
-		c.ctl.keep = false
-		c.mu.Unlock()
+		c.dead()
 	}
+}
+
+// dead reports the peer, if nobody has, and gives up a connection that nobody needs.
+func (c *Conn) dead() {
+	c.peer.isDown()
+	c.mu.Lock()
+	c.ctl.keep = false
+	c.mu.Unlock()
 }
 
 // attemptFailed moves connecting to error, and sets when to try again. An attempt that failed for want of a device says nothing
@@ -407,7 +418,7 @@ func (c *Conn) establish(ctx context.Context, l *ib.Link, h *ib.Hello, info verb
 	if h.AckSeq != 0 {
 		c.ackedLocked(h.AckSeq, &r)
 	}
-	c.beat = heartbeat{heard: true, una: c.q.una}
+	c.beat = heartbeat{heard: true, una: c.q.una, looked: time.Now()}
 	c.up = true
 	c.wakeUpWaitLocked()
 	c.armTickLocked()
@@ -511,6 +522,10 @@ func (c *Conn) shutdown() {
 	// 4. What was posted and not acknowledged is to be sent again.
 	c.mu.Lock()
 	c.link = nil
+	heard := time.Now()
+	if wasUp && m.cfg.HeartbeatIdle > 0 {
+		heard = c.beat.lastHeard()
+	}
 	if wasUp {
 		c.q.rewind()
 		c.dropBeatsLocked()
@@ -527,7 +542,7 @@ func (c *Conn) shutdown() {
 		m.count.connReset.Inc()
 		c.peer.lost()
 		if !gone {
-			c.peer.missing(time.Now())
+			c.peer.missingSince(heard, time.Now())
 		}
 		if errors.Is(err, ErrPeerDead) {
 			c.peer.isDown()

@@ -41,16 +41,29 @@ func (p *Peer) tell(fell []uint16) {
 }
 
 // missing notes that there is no connection to the peer, and returns how long it has been without a sign of life.
-func (p *Peer) missing(now time.Time) time.Duration {
+func (p *Peer) missing(now time.Time) time.Duration { return p.missingSince(now, now) }
+
+// missingSince is missing for one that was last heard at heard, or soon after.
+func (p *Peer) missingSince(heard, now time.Time) time.Duration {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.up > 0 {
 		return 0
 	}
 	if p.since.IsZero() {
-		p.since = now
+		p.since = heard
 	}
 	return now.Sub(p.since)
+}
+
+// untilDead is how long the peer may go on being missed before it is to be reported. false: it need not be.
+func (p *Peer) untilDead(now time.Time) (time.Duration, bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.up > 0 || p.down || p.since.IsZero() {
+		return 0, false
+	}
+	return p.m.cfg.DeadAfter - now.Sub(p.since), true
 }
 
 // pardon forgets for how long the peer has been missed: that it was not reached was not its fault.

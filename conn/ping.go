@@ -150,9 +150,19 @@ func (c *Conn) pong(port uint16) {
 
 // heartbeat watches a connection that is up. Guarded by Conn.mu.
 type heartbeat struct {
-	heard  bool   // something arrived since the last look
-	silent int    // looks in a row at which nothing had
-	una    uint64 // head of the queue at the last look
+	heard  bool      // something arrived since the last look
+	looked time.Time // when that was, or the connection came up
+	since  time.Time // of the look before something was last heard
+	silent int       // looks in a row at which nothing had
+	una    uint64    // head of the queue at the last look
+}
+
+// lastHeard is when the peer gave a sign of life, or at most a look earlier.
+func (b *heartbeat) lastHeard() time.Time {
+	if b.heard {
+		return b.looked
+	}
+	return b.since
 }
 
 // Released implements Owner: heartbeats are their own, so that they can be taken back.
@@ -201,8 +211,9 @@ func (c *Conn) look() {
 	default:
 	}
 	l.Device().Refill()
+	now := time.Now()
 	if b.heard {
-		b.heard, b.silent = false, 0
+		b.heard, b.silent, b.since = false, 0, b.looked
 	} else {
 		b.silent++
 	}
@@ -217,7 +228,7 @@ func (c *Conn) look() {
 		c.q.trim()
 		c.peer.cong.trim()
 	}
-	b.una = c.q.una
+	b.una, b.looked = c.q.una, now
 	c.armTickLocked()
 	if b.silent > 0 && len(c.pings.waiting) == 0 && c.pingLocked(nil) {
 		c.m.count.heartbeatsSent.Inc()
