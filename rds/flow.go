@@ -25,12 +25,16 @@ const (
 // flow is what a socket sends to one destination: a host and a type of service. Connections know it as the owner
 // of those messages. The first write to a destination makes it, and it stays as long as the socket.
 type flow struct {
-	dest // immutable
-	s    *Socket
-	next *flow // to the same host with another type of service; guarded by Socket.flowMu
+	// What a write touches is one cache line: who writes to a thousand hosts in turn finds none of it warm.
+	remote netip.Addr // d's, as link and tos
+	link   link
+	out    atomic.Uint64 // messages << outShift | payload bytes that are not acknowledged
+	s      *Socket
+	tos    uint8
 
-	out     atomic.Uint64 // messages << outShift | payload bytes that are not acknowledged
-	writers waitq         // wait for room in the flow's share
+	d       *dest
+	next    *flow // to the same host with another type of service; guarded by Socket.flowMu
+	writers waitq // wait for room in the flow's share
 }
 
 // The send buffer is accounted for as the kernel's is, by what was queued before (rds-protocol spec 1.4 step 23); and
@@ -68,7 +72,7 @@ func (s *Socket) flow(remote netip.Addr, tos uint8) (*flow, error) {
 		f = new(flow)
 		s.shared.Store(true)
 	}
-	f.dest, f.s, f.next = *d, s, s.flows[remote]
+	f.remote, f.link, f.tos, f.d, f.s, f.next = d.remote, d.link, d.tos, d, s, s.flows[remote]
 	s.flows[remote] = f
 	return f, nil
 }

@@ -103,7 +103,7 @@ func finalError(err error) error {
 // cause is what the caller of a write is told.
 func (it *item) cause(why refusal) error {
 	if why == portFull {
-		return &CongestedError{Dest: netip.AddrPortFrom(it.f.remote, it.port), d: &it.f.dest}
+		return &CongestedError{Dest: netip.AddrPortFrom(it.f.remote, it.port), d: it.f.d}
 	}
 	return ErrNoBufferSpace
 }
@@ -181,8 +181,11 @@ func (s *Socket) write(p []byte, to netip.AddrPort, wait bool) (int, error) {
 	to = unmap(to)
 	f, err := s.route(to, uint8(s.tos.Load()), len(p))
 	if err == nil {
+		if err = f.offer(f, to.Port(), p, len(p), 0, nil); err == nil {
+			return len(p), nil
+		}
 		it := item{f: f, port: to.Port(), p: p, n: len(p)}
-		err = it.put(context.Background(), wait)
+		err = it.again(context.Background(), wait, err)
 	}
 	if err != nil {
 		return 0, s.opError("write", to, err)
@@ -312,9 +315,14 @@ func (s *Socket) sendExtra(ctx context.Context, m *Message, it *item, to netip.A
 // put offers the item until it is taken, or there is a reason to give up.
 func (it *item) put(ctx context.Context, wait bool) error {
 	err := it.offer()
-	if err == nil {
-		return nil
+	if err != nil {
+		err = it.again(ctx, wait, err)
 	}
+	return err
+}
+
+// again is put after an offer that was refused with err.
+func (it *item) again(ctx context.Context, wait bool, err error) error {
 	s, why := it.f.s, refusalOf(err)
 	if why == final {
 		return finalError(err)
@@ -322,7 +330,7 @@ func (it *item) put(ctx context.Context, wait bool) error {
 	if !wait {
 		if why == portFull && (s.mon.on.Load() || s.ready.Load() != nil) {
 			// Told when it clears, unless that has happened by now (rds-protocol spec 1.9).
-			s.mon.met(s, &it.f.peer.cong, it.port)
+			s.mon.met(s, &it.f.d.peer.cong, it.port)
 			if err = it.offer(); err == nil {
 				return nil
 			}
@@ -417,7 +425,7 @@ func (wr *writing) wait(ctx context.Context, why refusal) {
 		wr.f.writers.add(wr.w)
 	case portFull:
 		s.blocked.add(wr.w)
-		wr.f.peer.cong.add(wr.port, wr.w)
+		wr.f.d.peer.cong.add(wr.port, wr.w)
 	case noMemory:
 		s.blocked.add(wr.w)
 	}
@@ -431,7 +439,7 @@ func (wr *writing) leave() {
 		wr.f.writers.remove(wr.w)
 		wr.s.blocked.remove(wr.w)
 	case portFull:
-		wr.f.peer.cong.remove(wr.port, wr.w)
+		wr.f.d.peer.cong.remove(wr.port, wr.w)
 		wr.s.blocked.remove(wr.w)
 	case noMemory:
 		wr.s.blocked.remove(wr.w)
