@@ -463,7 +463,9 @@ func (wr *writing) end() {
 }
 
 // Cancel drops what this socket has sent to addr and the peer has not acknowledged; what had been given to the
-// network may still arrive. It returns the number of messages dropped (rds-protocol spec 1.7, RDS_CANCEL_SENT_TO).
+// network may still arrive. It returns the number of messages dropped, of all types of service (rds-protocol spec 1.7,
+// RDS_CANCEL_SENT_TO). Whoever asked for it is told (StatusCancelled). Memory of operations that were cancelled may be in use for a
+// moment still, until Region.Done; the kernel's call waits for that.
 func (s *Socket) Cancel(addr netip.AddrPort) (int, error) {
 	addr = unmap(addr)
 	if s.closed.Load() {

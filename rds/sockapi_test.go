@@ -732,3 +732,48 @@ func TestZonesStack(t *testing.T) {
 		closeService(t, sb)
 	})
 }
+
+// A socket that writes to a host that is not there goes on with the others, for as long as it takes.
+func TestStackUnreachableShare(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		net := simnet.ForTest(t, 53, simnet.Config{GRO: true, Link: simnet.LinkConfig{Delay: 100 * time.Microsecond}})
+		sa, sb := openSim(t, net, Config{SendBuffer: 256 << 10}), openSim(t, net, Config{})
+		a, b := bind(t, sa, ap(addrA, 4000)), bind(t, sb, ap(addrB, 4000))
+		mustWrite(t, a, []byte("there"), b.AddrPort())
+		wantRead(t, b, []byte("there"), a.AddrPort())
+		var wg sync.WaitGroup
+		nowhere := ap(addrC, 4000)
+		for range 4 {
+			wg.Go(func() {
+				for {
+					if _, err := a.WriteToAddrPort(make([]byte, 1000), nowhere); err != nil {
+						if !errors.Is(err, ErrClosed) {
+							t.Error(err)
+						}
+						return
+					}
+				}
+			})
+		}
+		synctest.Wait()
+		start := time.Now()
+		exchange(t, []*Socket{a}, []*Socket{b}, 300, 64<<10)
+		if d := time.Since(start) - time.Minute; d > time.Second { // exchange looks out for a minute
+			t.Errorf("the others took %v", d)
+		}
+		// What is there belongs to the host that is not.
+		msgs, n := a.Unacknowledged()
+		if f := a.flowsTo(addrC)[0].out.Load(); int(f>>outShift) != msgs || n < 128<<10 || n > 129<<10 {
+			t.Errorf("%d messages, %d bytes unacknowledged; the share is %d", msgs, n, 128<<10)
+		}
+		if k, err := a.Cancel(nowhere); k != msgs || err != nil {
+			t.Errorf("Cancel: %d of %d, %v", k, msgs, err)
+		}
+		a.Close()
+		wg.Wait()
+		if err := sa.Close(); err != nil && !errors.As(err, new(*AbandonedError)) {
+			t.Error(err)
+		}
+		closeService(t, sb)
+	})
+}
