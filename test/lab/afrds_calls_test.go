@@ -67,6 +67,7 @@ type Call struct {
 type Cmsg struct {
 	Level, Type int
 	Data        []byte
+	Vector      int // RDMA_ARGS: so many local segments, of 1 byte of the payload each
 }
 
 // Outcome is what a call returned.
@@ -174,6 +175,14 @@ func (k *KernelRDS) Call(a Call, out *Outcome) (err error) {
 		if a.Call == callSend {
 			pattern(p, a.Seed)
 			for _, c := range a.Cmsgs {
+				if c.Vector > 0 {
+					var vec []uint64
+					for range c.Vector {
+						vec = append(vec, uint64(bytePtr(p)), 1)
+					}
+					pin.Pin(&vec[0])
+					binary.NativeEndian.PutUint64(c.Data[24:], uint64(uintptr(unsafe.Pointer(&vec[0]))))
+				}
 				oob = appendControl(oob, c)
 			}
 		} else {
@@ -206,7 +215,7 @@ func (k *KernelRDS) Call(a Call, out *Outcome) (err error) {
 			return err
 		}
 		for _, c := range msgs {
-			out.Cmsgs = append(out.Cmsgs, Cmsg{int(c.Header.Level), int(c.Header.Type), c.Data})
+			out.Cmsgs = append(out.Cmsgs, Cmsg{Level: int(c.Header.Level), Type: int(c.Header.Type), Data: c.Data})
 		}
 	default:
 		return fmt.Errorf("no call %q", a.Call)
