@@ -27,6 +27,11 @@ const (
 
 // Device is what RDS keeps per RDMA device. Whoever got it from a Registry holds a reference and
 // gives it back with Put. Methods are safe for concurrent use.
+//
+//	opened ──▶ listed ──unplugged, failed, Close──▶ removed ──last Put──▶ teardown ──▶ down
+//	              └──────────────Registry.Close, last Put──────────────────▲
+//
+// Nothing new can be made on a removed one, and its users let go: see Registry.remove and release.
 type Device struct {
 	reg  *Registry
 	addr netip.Addr

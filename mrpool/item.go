@@ -6,7 +6,17 @@ import (
 	"github.com/openrds/openrds/verbs"
 )
 
-// state is where an item is in its life; the drawing is in the package comment.
+// state is where an item is in its life.
+//
+//	empty ──allocate──▶ free ──Map──▶ mapped ──Unmap──▶ invalid ──proven──▶ free    (before that, on its own queue: mapped)
+//	                                  │    │             ▲   │
+//	              request failed      │    └─Free▶ freed ┘   │ queue lost
+//	           ┌──────────────────────┘              │       ▼
+//	           ▼                                     └───▶ stale ──recovered──▶ free, or empty
+//	         lost ──given back─────────────────────────────▶ ▲
+//	           └──recovered──▶ dead ──given back──▶ empty
+//
+//	plain registration: mapped ──given back──▶ freed ──deregistered──▶ empty, or stale if it is refused
 //
 //	empty    no objects: on pool.empty, or being filled
 //	free     objects ready: on pool.free

@@ -29,6 +29,11 @@ import (
 //
 // If the device goes away the region is a tombstone: it can only be freed, and whatever else is done with it fails with
 // ErrDeviceGone.
+//
+//	              ┌────┐ operations of the socket's own: hold, drop
+//	register ──▶ usable ──▶ freed, or its device is gone ──last drop──▶ given ──nobody can touch it──▶ Done closed
+//
+// Each step is taken once, whoever brings it about: freed, gone and given below decide, under mu.
 type Region struct {
 	s      *Socket
 	mem    []byte
