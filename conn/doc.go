@@ -5,7 +5,8 @@
 // of service). It delivers to a [Sink] and accounts to [Owner]s; it knows port numbers, not sockets.
 //
 //	state.go     the states and their one way of moving
-//	site.go      a local address: its device and listener, without a device the wait for one; congestion maps
+//	site.go      a local address: its device and listener, without a device the wait for one
+//	congestion.go  maps of congested ports, both ways
 //	control.go   connect, accept, shut down, back off: one goroutine, only while there is such work
 //	accept.go    requests of peers; duels
 //	sendq.go     messages accepted and not acknowledged, in slab chunks
@@ -17,6 +18,7 @@
 //	ack.go       acknowledgements, both ways
 //	ping.go      pings, pongs, heartbeats
 //	peer.go      what the connections of a pair of hosts share
+//	idle.go      connections that only peers have asked for
 //	conn/ib      one QP of a connection: handshake, posting, drain
 //
 // # The two owners of the data path
@@ -45,6 +47,6 @@
 //
 // # Limitations
 //
-// Connections that were asked for here, or were ever up, are never freed, only their memory is trimmed. Incarnations of a kernel cannot
+// Connections that were asked for here are never freed, only their memory is trimmed. Incarnations of a kernel cannot
 // be told apart: what the specification says about its restart applies.
 package conn
