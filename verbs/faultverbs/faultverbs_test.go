@@ -227,7 +227,6 @@ func (w *world) allocate() (err error) {
 func (w *world) serve(n int) error {
 	step := func(side int, wrs ...verbs.SendWR) error {
 		if k, err := w.qp[side].PostSend(wrs); err != nil {
-			wrs = wrs[:k]
 			_, e := poll(w.scq[side], k)
 			return errors.Join(err, e)
 		}
