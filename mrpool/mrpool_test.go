@@ -649,6 +649,32 @@ func TestRefusedInvalidation(t *testing.T) {
 	}
 }
 
+// TestCloseWithRefusedInvalidation: a queue that takes nothing, and whose owner has forgotten it, does not keep Close, which names
+// it and gives the memory back.
+func TestCloseWithRefusedInvalidation(t *testing.T) {
+	r := newRig(t)
+	q, f := r.qp(16)
+	m := r.mustMap(q, 0, 1)
+	f.refuse(true)
+	told := 0
+	r.mustUnmap(m, func(err error) {
+		if told++; err != nil {
+			t.Error(err)
+		}
+	})
+	var err error
+	within(t, "Close", func() { err = r.ps.Close() })
+	if err == nil || !strings.Contains(err.Error(), "is open") || told != 1 || r.pd.reaches(r.mem) {
+		t.Errorf("close: %v; told %d times", err, told)
+	}
+	f.destroy()
+	r.dev.Put()
+	if err := <-r.down; err != nil {
+		t.Error(err)
+	}
+	r.clean()
+}
+
 // TestCloseCancelsRecovery: teardown does not wait for a worker that backs off, and tells owners of memory that the device
 // keeps.
 func TestCloseCancelsRecovery(t *testing.T) {
