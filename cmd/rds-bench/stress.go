@@ -23,6 +23,7 @@ import (
 type stress struct {
 	opt      stressOptions
 	rds      rdsOptions
+	kernel   bool // the kernel's RDS, not ours
 	cpu      bool
 	stdout   io.Writer
 	outliers time.Duration
@@ -48,7 +49,8 @@ func newStressCommand(stdout io.Writer) *cobra.Command {
 		Use:   "stress",
 		Short: "Speak rds-stress's protocol, with rds-stress or with another of these",
 		Long: `stress is rds-stress with this RDS in place of the kernel's: the same options, control connection, datagrams and output. Its peer is
-another "rds-bench stress", or rds-stress on a host that uses the kernel's RDS.
+another "rds-bench stress", or rds-stress on a host that uses the kernel's RDS. With --kernel it uses the kernel's RDS itself, and is
+rds-stress for hosts that have none.
 
 Without -s it waits for one that connects and does as it is told; with -s it connects, tells, and measures.`,
 		Example: "  rds-bench stress -r 10.0.0.1\n  rds-bench stress -r 10.0.0.2 -s 10.0.0.1 -q 4096 -t 4 -d 8 -T 30",
@@ -110,6 +112,7 @@ Without -s it waits for one that connects and does as it is told; with -s it con
 	fl.Var(&useCong, "use-cong-monitor", "accepted and passed on: who waits for a port is always woken by it alone")
 	fl.DurationVar(&s.outliers, "show-outliers", 0, "report round trips above this")
 	fl.BoolVar(&s.hist, "show-histogram", false, "print a histogram of round trips at the end")
+	fl.BoolVar(&s.kernel, "kernel", false, "use the kernel's RDS in place of this one")
 	fl.StringVar(&s.rds.Dialect, "dialect", s.rds.Dialect, "what to speak to the peer: open (ours, where it can) or kernel")
 	fl.Uint16Var(&s.rds.Port, "roce-port", s.rds.Port, "UDP port of RoCEv2")
 	return cmd
@@ -232,23 +235,30 @@ func (s *stress) passive(ctx context.Context) error {
 	return s.run(ctx, c, false)
 }
 
-// run is both sides' test over the control connection c.
-func (s *stress) run(ctx context.Context, c net.Conn, active bool) (err error) {
-	o := &s.opt
+// open makes the RDS that is tested.
+func (s *stress) open() (stressHost, error) {
+	if s.kernel {
+		return openKernelRDS()
+	}
 	cfg := rds.Config{UDPPort: s.rds.Port, Linger: -1}
 	if s.rds.Dialect == dialectKernel {
 		cfg.Dialect = rds.DialectKernelOnly
 	}
 	svc, err := rds.Open(cfg)
 	if err != nil {
+		return nil, err
+	}
+	return ownHost{svc}, nil
+}
+
+// run is both sides' test over the control connection c.
+func (s *stress) run(ctx context.Context, c net.Conn, active bool) (err error) {
+	o := &s.opt
+	host, err := s.open()
+	if err != nil {
 		return err
 	}
-	defer func() {
-		// The other side may be gone: what it did not acknowledge is nobody's loss.
-		if e := svc.Close(); e != nil && !errors.As(e, new(*rds.AbandonedError)) {
-			err = errors.Join(err, e)
-		}
-	}()
+	defer func() { err = errors.Join(err, host.Close()) }()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	interrupted := context.Cause(ctx)
@@ -262,7 +272,7 @@ func (s *stress) run(ctx context.Context, c net.Conn, active bool) (err error) {
 		}
 	}()
 	for i := range int(o.Tasks) {
-		t, err := newStressTask(ctx, svc, o, i, active, &wg, func(err error) { cancel(err) })
+		t, err := newStressTask(ctx, host, o, i, active, &wg, func(err error) { cancel(err) })
 		if err != nil {
 			return err
 		}
@@ -311,7 +321,7 @@ func (s *stress) run(ctx context.Context, c net.Conn, active bool) (err error) {
 	for _, t := range tasks {
 		t.start()
 	}
-	s.report(ctx, over, active, svc, tasks)
+	s.report(ctx, over, active, host, tasks)
 	// The sides do not stop at the same instant: what fails from here on fails because the other one has. So the active one
 	// says that it is over, and keeps its sockets until the passive one knows.
 	for _, t := range tasks {
@@ -349,7 +359,7 @@ func total(tasks []*stressTask) (c stressCounts) {
 
 // report prints a line per second and the average. The active side ends when the time is over, the passive one when the
 // active one has ended.
-func (s *stress) report(ctx context.Context, over <-chan struct{}, active bool, svc *rds.Service, tasks []*stressTask) {
+func (s *stress) report(ctx context.Context, over <-chan struct{}, active bool, host stressHost, tasks []*stressTask) {
 	w := s.stdout
 	fmt.Fprint(w, "Starting up")
 	for range 4 {
@@ -363,7 +373,7 @@ func (s *stress) report(ctx context.Context, over <-chan struct{}, active bool, 
 	fmt.Fprintf(w, "%4s %6s %6s %10s %10s %10s %7s %8s %5s\n", "tsks", "tx/s", "rx/s", "tx+rx K/s", "mbi K/s", "mbo K/s", "tx us/c", "rtt us", "cpu %")
 	if s.opt.ShowPerfdata {
 		names := []string{"tasks", "req", "ack", "rdma", "requests", "kB/s", "in", "out", "tx", "rtt", "cpu"}
-		for _, c := range svc.Stats().Counters() {
+		for _, c := range host.counters() {
 			names = append(names, c.Name)
 		}
 		fmt.Fprintf(w, "::%s\n", strings.Join(names, ","))
@@ -372,7 +382,7 @@ func (s *stress) report(ctx context.Context, over <-chan struct{}, active bool, 
 	first := total(tasks)
 	last, lastAt := first, begin
 	firstCPU, lastCPU := cpuTime(), cpuTime()
-	lastCounters := svc.Stats().Counters()
+	lastCounters := host.counters()
 	for n := 1; !active || s.opt.RunTime == 0 || n <= int(s.opt.RunTime); n++ {
 		on := pause(ctx, over, time.Until(begin.Add(time.Duration(n)*s.second)))
 		now, c, cpu := time.Now(), total(tasks), cpuTime()
@@ -386,7 +396,7 @@ func (s *stress) report(ctx context.Context, over <-chan struct{}, active bool, 
 			s.line(d, took, d.ReqTx, d.ReqRx, s.cpuPercent(cpu-lastCPU, took), "")
 		}
 		if s.opt.ShowPerfdata {
-			counters := svc.Stats().Counters()
+			counters := host.counters()
 			// One write: whoever finds a long round trip writes between two.
 			line := fmt.Appendf(nil, "::%d,%d,%d,%d,%d,%.2f,%.2f,%.2f,%.2f,%.2f,%.2f", s.opt.Tasks, s.opt.ReqSize, s.opt.AckSize, s.opt.RDMASize, d.ReqTx,
 				kps(d.bytes(), took), kps(d.MbusIn, took), kps(d.MbusOut, took), mean(d.SendTime, d.ReqTx), mean(d.RTT, d.AckRx), s.cpuPercent(cpu-lastCPU, took))

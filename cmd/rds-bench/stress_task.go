@@ -44,7 +44,7 @@ type stressTask struct {
 	opt    *stressOptions
 	ctx    context.Context
 	active bool // may send requests
-	sock   *rds.Socket
+	sock   stressSocket
 	fail   func(error)
 	wg     *sync.WaitGroup
 
@@ -79,10 +79,10 @@ type stressSlot struct {
 	sent time.Time    // our request
 	ack  stressHeader // to the peer's request
 
-	region   *rds.Region  // what the peer reads from or writes to, nil unless mapped
+	region   stressRegion // what the peer reads from or writes to, nil unless mapped
 	remote   []byte       // its memory
 	used     bool         // the peer was done with it before we knew that it is mapped
-	local    *rds.Region  // what our operations read into or write from
+	local    stressRegion // what our operations read into or write from
 	inflight bool         // an operation uses local
 	op       stressHeader // the ack it goes with
 }
@@ -90,20 +90,14 @@ type stressSlot struct {
 // rdmaAfter is how many messages go before the first operation.
 const rdmaAfter = 10
 
-func newStressTask(ctx context.Context, svc *rds.Service, opt *stressOptions, nr int, active bool, wg *sync.WaitGroup, fail func(error)) (*stressTask, error) {
+func newStressTask(ctx context.Context, host stressHost, opt *stressOptions, nr int, active bool, wg *sync.WaitGroup, fail func(error)) (*stressTask, error) {
 	t := &stressTask{opt: opt, ctx: ctx, active: active || !opt.OneWay, wg: wg, fail: fail, buf: make([]byte, max(opt.ReqSize, opt.AckSize))}
-	sock, err := svc.ListenAddrPort(ctx, netip.AddrPortFrom(opt.RecvAddr, opt.Port+1+uint16(nr)))
+	size := int(opt.Tasks) * int(opt.Depth) * int(opt.ReqSize+opt.AckSize) * 2
+	sock, err := host.listen(ctx, netip.AddrPortFrom(opt.RecvAddr, opt.Port+1+uint16(nr)), max(size, int(opt.ReqSize), int(opt.AckSize)), size, opt.TOS)
 	if err != nil {
 		return nil, err
 	}
 	t.sock = sock
-	size := int(opt.Tasks) * int(opt.Depth) * int(opt.ReqSize+opt.AckSize) * 2
-	if err := errors.Join(sock.SetReadBuffer(size), sock.SetWriteBuffer(max(size, int(opt.ReqSize), int(opt.AckSize)))); err != nil {
-		return nil, errors.Join(err, sock.Close())
-	}
-	if opt.TOS != 0 {
-		sock.SetTypeOfService(opt.TOS)
-	}
 	if opt.Verify {
 		t.want = stressPattern(len(t.buf) - stressHdrLen)
 		copy(t.buf[stressHdrLen:], t.want)
@@ -121,7 +115,7 @@ func newStressTask(ctx context.Context, svc *rds.Service, opt *stressOptions, nr
 		for s := range p.slots {
 			mem := make([]byte, 2*(n+int(opt.Alignment)))
 			p.slots[s].remote = mem[opt.Alignment:][:n]
-			if p.slots[s].local, err = sock.RegisterRegion(ctx, mem[n+2*int(opt.Alignment):][:n], rds.RegionOptions{}); err != nil {
+			if p.slots[s].local, err = sock.local(ctx, mem[n+2*int(opt.Alignment):][:n]); err != nil {
 				return nil, errors.Join(err, sock.Close())
 			}
 		}
@@ -203,19 +197,19 @@ func (p *stressPeer) sendLocked(op uint8, slot int) bool {
 	}
 	h.Seq, h.From, h.To = p.sendSeq, t.sock.AddrPort(), p.addr
 	h.put(t.buf)
-	m := rds.Message{Peer: p.addr, Data: t.buf[:size]}
+	m := stressMessage{to: p.addr, data: t.buf[:size]}
 	if op == stressAck && h.RDMAOp != 0 {
-		p.operation(&m, s)
+		m.op = p.operation(s)
 	}
 	if mapped && s.region != nil { // the key is known: it travels in the header, and as the kernel's extension
-		m.Cookie = s.region.Cookie()
+		m.cookie = s.region.Cookie()
 	}
 	begin := time.Now()
 	if op == stressReq {
 		s.sent = begin
 	}
 	if !mapped || s.region != nil {
-		err := t.sock.TrySend(m)
+		err := t.sock.try(m)
 		if err == nil {
 			p.sentLocked(op, slot, int(size), time.Since(begin))
 			return true
@@ -229,13 +223,13 @@ func (p *stressPeer) sendLocked(op uint8, slot int) bool {
 	// than we are to say so.
 	p.busy = true
 	p.sentLocked(op, slot, int(size), 0)
-	m.Data = append([]byte(nil), m.Data...)
+	m.data = append([]byte(nil), m.data...)
 	t.wg.Go(func() {
 		var err error
 		if mapped && s.region == nil {
 			err = p.sendMapped(m, s)
 		} else {
-			err = t.sock.Send(t.ctx, m)
+			err = t.sock.send(t.ctx, m)
 		}
 		if !t.check(err) {
 			return
@@ -294,19 +288,18 @@ func (p *stressPeer) request(h *stressHeader, s *stressSlot) {
 }
 
 // sendMapped maps the slot's memory and sends m with its cookie.
-func (p *stressPeer) sendMapped(m rds.Message, s *stressSlot) error {
+func (p *stressPeer) sendMapped(m stressMessage, s *stressSlot) error {
 	t := p.t
-	opt := rds.RegionOptions{UseOnce: t.opt.UseOnce}
-	var r *rds.Region
+	var r stressRegion
 	var err error
 	if t.opt.UseGetMR {
-		if r, err = t.sock.RegisterRegionFor(t.ctx, m.Peer, s.remote, opt); err != nil {
+		if r, err = t.sock.register(t.ctx, m.to, s.remote, t.opt.UseOnce); err != nil {
 			return err
 		}
-		m.Cookie = r.Cookie()
-		err = t.sock.Send(t.ctx, m)
+		m.cookie = r.Cookie()
+		err = t.sock.send(t.ctx, m)
 	} else {
-		r, err = t.sock.SendMapped(t.ctx, m, s.remote, opt)
+		r, err = t.sock.sendMapped(t.ctx, m, s.remote, t.opt.UseOnce)
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -321,51 +314,44 @@ func (p *stressPeer) sendMapped(m rds.Message, s *stressSlot) error {
 	return nil
 }
 
-// operation adds to an ack the operation that its request asked for.
-func (p *stressPeer) operation(m *rds.Message, s *stressSlot) {
-	o := p.t.opt
+// operation is what the request asked for that an ack answers.
+func (p *stressPeer) operation(s *stressSlot) *stressOp {
 	h := &s.ack
-	n := int(h.RDMASize)
-	r := &rds.RDMA{Op: rds.RDMARead, Remote: rds.Cookie(h.RDMAKey), NoFence: !o.UseFence, Notify: true}
-	if h.RDMAOp == stressRDMAWrite {
-		r.Op = rds.RDMAWrite
-		if o.Verify {
-			fillRDMA(s.local.Bytes(), h.Pattern)
-		}
-	}
-	for i := range int(h.RDMASegment) {
-		r.Local = append(r.Local, s.local.Piece(i*n, n))
+	op := &stressOp{write: h.RDMAOp == stressRDMAWrite, remote: rds.Cookie(h.RDMAKey), local: s.local, segments: int(h.RDMASegment), size: int(h.RDMASize), fence: p.t.opt.UseFence}
+	if op.write && p.t.opt.Verify {
+		fillRDMA(s.local.Bytes(), h.Pattern)
 	}
 	for i, x := range p.t.peers {
 		if x == p {
-			r.Token = uint64(i)<<32 | uint64(h.Index)
+			op.token = uint64(i)<<32 | uint64(h.Index)
 		}
 	}
 	s.inflight, s.op = true, *h
-	m.RDMA = r
+	return op
 }
 
 // readCompletions frees the slots of operations.
 func (t *stressTask) readCompletions() {
 	for {
-		c, err := t.sock.ReadCompletion(t.ctx)
+		c, err := t.sock.completion(t.ctx)
 		if !t.check(err) {
 			return
 		}
 		p := t.peers[c.Token>>32]
 		s := &p.slots[uint32(c.Token)]
+		read := s.op.RDMAOp == stressRDMARead
 		if c.Status != rds.StatusSuccess {
-			t.check(fmt.Errorf("%v of %d bytes for %v: %v", c.Op, t.opt.RDMASize, p.addr, c.Status))
+			t.check(fmt.Errorf("operation %d on %d bytes for %v: %v", s.op.RDMAOp, t.opt.RDMASize, p.addr, c.Status))
 			return
 		}
-		if c.Op == rds.RDMARead && t.opt.Verify {
+		if read && t.opt.Verify {
 			if !t.check(checkRDMA(s.local.Bytes(), s.op.Pattern)) {
 				return
 			}
 		}
 		t.mu.Lock()
 		n := uint64(t.opt.RDMASize) * uint64(t.opt.Segments)
-		if c.Op == rds.RDMARead {
+		if read {
 			t.counts.MbusIn += n
 		} else {
 			t.counts.MbusOut += n
@@ -380,17 +366,12 @@ func (t *stressTask) readCompletions() {
 func (t *stressTask) read() {
 	buf := make([]byte, len(t.buf))
 	for {
-		m, err := t.sock.Receive(t.ctx)
+		n, from, cookie, err := t.sock.receive(t.ctx, buf)
 		if !t.check(err) {
 			return
 		}
-		n, length, from, cookie := 0, m.Len(), m.Peer, m.Cookie
-		for _, b := range m.Buffers() {
-			n += copy(buf[n:], b)
-		}
-		m.Release()
-		if length > len(buf) {
-			err = fmt.Errorf("a datagram of %d bytes from %v", length, from)
+		if n > len(buf) {
+			err = fmt.Errorf("a datagram of %d bytes from %v", n, from)
 		} else {
 			err = t.received(buf[:n], from, cookie)
 		}

@@ -343,7 +343,7 @@ func TestStressBadDatagram(t *testing.T) {
 	o.RecvAddr, o.SendAddr, o.Depth = netip.MustParseAddr("127.0.0.55"), netip.MustParseAddr("127.0.0.56"), 4
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	task, err := newStressTask(t.Context(), svc, &o, 0, false, &wg, func(err error) { t.Error(err) })
+	task, err := newStressTask(t.Context(), ownHost{svc}, &o, 0, false, &wg, func(err error) { t.Error(err) })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -386,5 +386,17 @@ func TestStressBadDatagram(t *testing.T) {
 	}
 	if err := task.received(with(func(h *stressHeader) { h.RDMAOp = 1 }), from, 0); err == nil || !strings.Contains(err.Error(), "RDMA") {
 		t.Errorf("RDMA without a key: %v", err)
+	}
+}
+
+// Without the kernel's modules --kernel says which they are.
+func TestStressNoKernel(t *testing.T) {
+	h, err := openKernelRDS()
+	if err == nil {
+		h.Close()
+		t.Skip("this kernel has RDS; the lab tests it")
+	}
+	if !strings.Contains(err.Error(), "kernel's RDS") {
+		t.Errorf("%v", err)
 	}
 }
