@@ -255,26 +255,6 @@ func (p *peer) dest(tos uint8) (*dest, error) {
 	return d, nil
 }
 
-// known is the ways to remote there are.
-func (la *localAddr) known(remote netip.Addr) []*dest {
-	la.peersMu.RLock()
-	p := la.peers[remote]
-	la.peersMu.RUnlock()
-	if p == nil {
-		return nil
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	var ds []*dest
-	if d := p.plain.Load(); d != nil {
-		ds = append(ds, d)
-	}
-	for _, d := range p.dests {
-		ds = append(ds, d)
-	}
-	return ds
-}
-
 // bind gives port (0: any) to s.
 func (la *localAddr) bind(s *Socket, port uint16) error {
 	la.mu.Lock()
