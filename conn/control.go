@@ -13,7 +13,6 @@ import (
 )
 
 var (
-	errPeerGone  = errors.New("connection manager reports the end of the connection")
 	errStale     = errors.New("the peer asked for a new connection")
 	errAbandoned = errors.New("attempt abandoned for the peer's")
 	errClosing   = errors.New("manager closed")

@@ -132,7 +132,7 @@ func (c *Conn) retire(full bool) {
 		c.ctl.keep = false
 		forget = c.state.load() == Down && !c.ctl.running
 		c.ctl.retired = true
-	case full && c.open && c.q.una == c.q.tail && c.ackNext == c.ackSent:
+	case full && c.open && c.q.una == c.q.tail && c.ackNext == c.ackSent && c.link.InFlight() == 0:
 		c.ctl.retired = true // and forgotten when it is down
 		end = c.link
 	}

@@ -126,7 +126,7 @@ func TestLateREQ(t *testing.T) {
 				b.conn(low).Send(&o, 1, 4009, nil)
 				eventually(t, "up", time.Second, func() bool { n, _ := o.get(); return n == 1 })
 				h.of(net, high)
-				b.conn(low).failLink(errPeerGone) // it comes back at once
+				b.conn(low).failLink(errStale) // it comes back at once
 				eventually(t, "a REQ", time.Second, func() bool { return h.len() > 0 })
 				net.Partition(low, high) // killed
 				b.close(0)

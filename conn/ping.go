@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"go.uber.org/atomic"
+
+	"github.com/openrds/openrds/conn/ib"
 )
 
 // ErrPeerDead: nothing was heard from the peer for the dead-peer time, not even an answer to a ping.
@@ -206,7 +208,7 @@ func (c *Conn) look() {
 	select {
 	case <-l.Done():
 		c.mu.Unlock()
-		l.Fail(errPeerGone)
+		l.Fail(ib.ErrPeerClosed) // the event that says so is on its way
 		return
 	default:
 	}

@@ -353,7 +353,7 @@ func (l *Link) SendWC(wc *verbs.WC) {
 	l.passed(l.slot(t + n - 1).mark)
 	l.reclaim(t, n, wc.Status, false)
 	if wc.Status != verbs.WCSuccess {
-		l.fail(wc.Err())
+		l.failWC(wc)
 	}
 }
 
@@ -396,7 +396,7 @@ func (l *Link) RecvWC(wc *verbs.WC, b *ibdev.RecvBuf) {
 	}
 	if wc.Status != verbs.WCSuccess {
 		b.Put()
-		l.fail(wc.Err())
+		l.failWC(wc)
 		return
 	}
 	l.up.RecvSend(l, b, int(wc.ByteLen))
@@ -423,6 +423,15 @@ func (l *Link) QPEvent(t verbs.EventType) {
 
 // Fail declares the link broken: a protocol error of the peer. It may be called from anywhere.
 func (l *Link) Fail(err error) { l.fail(err) }
+
+// failWC is fail for a completion that is none of success. One that was flushed says that the QP is in ERR and not why, and would
+// hide the reason if it came first: there is a completion before it that says so, or an event of the QP, which has a shared receive
+// queue and therefore always gives one (EventQPLastWQEReached).
+func (l *Link) failWC(wc *verbs.WC) {
+	if wc.Status != verbs.WCFlushErr {
+		l.fail(wc.Err())
+	}
+}
 
 func (l *Link) fail(err error) {
 	if l.broken.Swap(true) {

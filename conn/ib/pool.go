@@ -44,6 +44,6 @@ func (l *Link) poolWC(wc *verbs.WC) {
 		return
 	}
 	if wc.Status != verbs.WCSuccess {
-		l.fail(wc.Err())
+		l.failWC(wc)
 	}
 }
