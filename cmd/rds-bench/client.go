@@ -43,11 +43,12 @@ func dialClient(ctx context.Context, server netip.AddrPort, local netip.Addr, p 
 	return c, nil
 }
 
-// bye closes everything on both sides, and returns what either has found left behind.
+// bye closes everything on both sides, and returns what either has found left behind. Neither closes before the other has what is
+// still on its way to it.
 func (c *client) bye() error {
-	err := c.transports.close()
+	c.transports.settle()
 	_, serr := c.ask(request{Op: opBye})
-	return errors.Join(err, serr)
+	return errors.Join(c.transports.close(), serr)
 }
 
 func (c *client) close() error {

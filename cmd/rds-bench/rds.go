@@ -64,6 +64,23 @@ func openRDS(o rdsOptions, log hclog.Logger) (transport, error) {
 	return t, nil
 }
 
+// settleTimeout bounds the wait for acknowledgements when all is over; a connection that has just lost its device needs a moment.
+const settleTimeout = 20 * time.Second
+
+// settle implements settler. A run's last datagrams have arrived, else it would not be over, but a connection that broke then has
+// to be made again before their acknowledgements are here.
+func (t *rdsTransport) settle() {
+	for end := time.Now().Add(settleTimeout); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		waiting := 0
+		for _, c := range t.svc.Info(rds.InfoConnections).Connections {
+			waiting += c.QueuedMsgs
+		}
+		if waiting == 0 {
+			return
+		}
+	}
+}
+
 func (t *rdsTransport) close() error {
 	var errs []error
 	if t.debug != nil {

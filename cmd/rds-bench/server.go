@@ -175,6 +175,7 @@ func (s *session) answer(req *request) (response, error) {
 			err = s.side.drain(req.Sent)
 		}
 	case at{opBye, stageIdle}:
+		s.transports.settle()
 		next, err = stageOver, s.close()
 	default:
 		if req.Op == opEnd && s.stage != stageNew && s.stage != stageOver {

@@ -109,6 +109,18 @@ func (t *transports) endpoint(ctx context.Context, s spec, active bool) (endpoin
 	return tr.open(ctx, endpointConfig{local: t.local, flows: s.Sockets, active: active, token: s.Token})
 }
 
+// settler is a transport that still has something to give to its peer when a run is over.
+type settler interface{ settle() }
+
+// settle waits until the peers have all of it, or it is plain that they do not get it. They have to be there still.
+func (t *transports) settle() {
+	for _, tr := range t.opened {
+		if s, ok := tr.(settler); ok {
+			s.settle()
+		}
+	}
+}
+
 // close closes them; nil the second time.
 func (t *transports) close() error {
 	var errs []error
