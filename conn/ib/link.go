@@ -92,6 +92,7 @@ type Link struct {
 	hmem    []byte
 	closed  atomic.Bool // drained or being drained: nothing goes up any more
 	broken  atomic.Bool
+	flushed atomic.Bool   // the QP is in ERR, and what is posted goes nowhere; why, is still to come
 	drained chan struct{} // closed when the marker was polled
 	quiet   bool          // Close does not tell the peer
 
@@ -235,8 +236,14 @@ func (l *Link) Recv() ibdev.RecvKind { return l.cfg.Recv }
 // Ring is the number of requests in flight at most.
 func (l *Link) Ring() int { return l.cfg.Ring }
 
-// Free is the number of SENDs that may be posted now. Transmitter.
-func (l *Link) Free() int { return l.cfg.Ring - int(l.head.Load()-l.tail.Load()) }
+// Free is the number of SENDs that may be posted now: none when earlier ones have been flushed. Transmitter.
+func (l *Link) Free() int {
+	free := l.cfg.Ring - int(l.head.Load()-l.tail.Load())
+	if l.flushed.Load() {
+		return 0
+	}
+	return free
+}
 
 // Outstanding is the number of data SENDs posted and not known to be complete.
 func (l *Link) Outstanding() int { return int(l.dataHead.Load() - l.dataTail.Load()) }
@@ -351,6 +358,9 @@ func (l *Link) SendWC(wc *verbs.WC) {
 		return
 	}
 	l.passed(l.slot(t + n - 1).mark)
+	if wc.Status == verbs.WCFlushErr {
+		l.flushed.Store(true) // before the slots are seen to be free
+	}
 	l.reclaim(t, n, wc.Status, false)
 	if wc.Status != verbs.WCSuccess {
 		l.failWC(wc)
