@@ -67,7 +67,7 @@ func shortParams() params {
 }
 
 func testSpec(transport, test string, size int) spec {
-	return spec{Transport: transport, Test: test, Size: size, Sockets: 1, Verify: true, Seed: 7, Patience: time.Second}
+	return spec{Transport: transport, Test: test, Size: size, Sockets: 1, Verify: true, Seed: 7, Patience: 10 * time.Second}
 }
 
 // testTransports are the transports that the machine under test can run.
