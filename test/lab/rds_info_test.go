@@ -234,6 +234,8 @@ func TestRDSCTLPing(t *testing.T) {
 				}
 				t.Logf("type of service %s: %q", tos, out)
 			}
+			// At another address: the kernel believes in rdsctl's connections until it gets no answer, for 4 s.
+			f = freshHost(t, g, f)
 			k := newKernelEnd(t, g)
 			svc := service(t)
 			s := listen(t, svc, addrPort(f.host, 4044)) // an address belongs to a Service that has bound it

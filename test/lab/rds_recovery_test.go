@@ -86,7 +86,6 @@ func TestRDSFrozen(t *testing.T) {
 // at the new one, once and in order, and it may send with sequences that begin anew.
 func TestRDSReboot(t *testing.T) {
 	Need(t)
-	discardGuest() // its address is taken
 	at := addrPort(HostAddr4, 4031)
 	svc := service(t)
 	s := listen(t, svc, at)

@@ -44,6 +44,8 @@ func service(t testing.TB) *rds.Service {
 func freshHost(t testing.TB, g *Guest, f family) family {
 	t.Helper()
 	f.host = g.AddHostAddr(t, netip.MustParseAddr(f.host)).String()
+	// Its link address is known, though: rdma_cm, when it has to ask, does not notice the answer before 5 s have passed.
+	g.Run(t, "busybox", "ping", "-q", "-c1", "-W5", f.host)
 	return f
 }
 
