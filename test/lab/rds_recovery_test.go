@@ -197,7 +197,7 @@ func TestRDSRestarts(t *testing.T) {
 		t.Helper()
 		for end := time.Now().Add(stepLimit); !seen[want] || words != process; {
 			var got []Datagram
-			k.must("Recv", RecvArgs{ID: ks.ID, Count: 100, Limit: 20 * time.Millisecond}, &got)
+			k.must("Recv", RecvArgs{ID: ks.ID, Count: 5, Limit: 10 * time.Millisecond}, &got)
 			for _, d := range got {
 				if d.Len == len(word) {
 					words++
@@ -249,7 +249,7 @@ func TestRDSRestarts(t *testing.T) {
 	}
 	through(restarts+1, int(sent.Load())-1)
 	t.Logf("%d restarts in %v, %d datagrams", restarts, took.Round(10*time.Millisecond), sent.Load())
-	if took > restarts*time.Second {
+	if took > 2*restarts*time.Second {
 		t.Errorf("%d restarts take %v", restarts, took)
 	}
 }
