@@ -384,6 +384,10 @@ func (c *Conn) establish(ctx context.Context, l *ib.Link, h *ib.Hello, info verb
 	}
 	if h.Ours && h.Mark.Window > 0 {
 		if err := l.SetWindow(int(h.Mark.Window)); err != nil {
+			var state *verbs.StateError
+			if errors.As(err, &state) {
+				<-ctx.Done() // the QP is in ERR already, and what comes to tell us (LinkBroken) knows why
+			}
 			return err
 		}
 	}
