@@ -26,3 +26,29 @@ func TestHello(t *testing.T) {
 		b.close(time.Second)
 	})
 }
+
+// TestCloseInDelivery: whoever closes on the strength of a message that is still being delivered has it acknowledged first.
+func TestCloseInDelivery(t *testing.T) {
+	net := simnet.ForTest(t, 1, simnet.Config{}) // no bubble: Close waits for the handler's lock
+	a, b := newHost(t, net, addrA), newHost(t, net, addrB)
+	closed := make(chan struct{})
+	b.sink.accept = func(*Conn, *Incoming) bool {
+		go func() {
+			defer close(closed)
+			b.close(10 * time.Second)
+		}()
+		select {
+		case <-b.m.done:
+			t.Error("closed while a message was being delivered")
+		case <-time.After(50 * time.Millisecond):
+		}
+		return true
+	}
+	var o testOwner
+	if err := a.conn(addrB).Send(&o, 4001, 4002, []byte("the last word")); err != nil {
+		t.Fatal(err)
+	}
+	<-closed
+	eventually(t, "acknowledged", 10*time.Second, func() bool { n, _ := o.get(); return n == 1 })
+	a.close(0)
+}

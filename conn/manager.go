@@ -414,6 +414,12 @@ func (c *Conn) linger(ctx context.Context, moment time.Time) {
 		}
 		c.mu.Lock()
 	}
+	if l := c.link; l != nil {
+		// Whoever reads a message may close before the handler that brought it has noted that it is to be acknowledged.
+		c.mu.Unlock()
+		l.InRecv(func() {})
+		c.mu.Lock()
+	}
 	// The last acknowledgement on its way saves the peer from sending again what we had. It may have to wait: for another
 	// transmitter, for room, or, if data came before the handshake was through, for the connection.
 	for range lingerLooks {

@@ -78,6 +78,32 @@ func world(t *testing.T) (dir string, port uint16, sock *rds.Socket) {
 	return
 }
 
+// traffic sends datagrams of 5000 bytes to the second Service, until the test ends; what was sent arrives before anything is closed.
+func traffic(t *testing.T, sock *rds.Socket) {
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(stopped)
+		for tick := time.NewTicker(time.Millisecond); ; {
+			select {
+			case <-tick.C:
+				sock.TrySend(rds.Message{Peer: netip.MustParseAddrPort("127.0.0.96:5000"), Data: make([]byte, 5000)})
+			case <-stop:
+				return
+			}
+		}
+	}()
+	t.Cleanup(func() {
+		close(stop)
+		<-stopped
+		for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+			if n, _ := sock.Unacknowledged(); n == 0 {
+				return
+			}
+		}
+		t.Error("the traffic is not acknowledged")
+	})
+}
+
 func TestInfo(t *testing.T) {
 	dir, _, _ := world(t)
 	out, _, code := rdsctl(t.Context(), "--dir", dir, "info", "-n", "-r")
@@ -138,12 +164,7 @@ func TestTrace(t *testing.T) {
 	dir, _, sock := world(t)
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	go func() {
-		for ctx.Err() == nil {
-			sock.TrySend(rds.Message{Peer: netip.MustParseAddrPort("127.0.0.96:5000"), Data: make([]byte, 5000)})
-			time.Sleep(time.Millisecond)
-		}
-	}()
+	traffic(t, sock)
 	file := filepath.Join(t.TempDir(), "x.pcapng")
 	if _, errs, code := rdsctl(ctx, "--dir", dir, "trace", "-w", file, "-n", "25"); code != 2 || !strings.Contains(errs, "--pid") {
 		// Both Services are of this process; several processes are told apart by --pid, several Services of one are not.
