@@ -9,7 +9,6 @@ import (
 	"go.uber.org/atomic"
 
 	"github.com/openrds/openrds/conn/ib"
-	"github.com/openrds/openrds/internal/slab"
 )
 
 // Conn is the connection of a pair of hosts for one type of service. It exists from the first Get
@@ -51,7 +50,6 @@ type Conn struct {
 	mapDelta  uint64 // deltas sent since the whole map
 	deltas    bool   // the peer takes them
 	markDue   bool   // our mark is to be sent, before anything else
-	mapChunk  *slab.Chunk
 
 	sendQueued uint64 // counters
 	contention uint64

@@ -109,9 +109,16 @@ func (q *sendQueue) cursor() (ser uint32, off int) {
 	return m.ser, int(m.off)
 }
 
+// piece names n bytes of the chunk, with a reference of its own: between here and the post the peer may acknowledge, on the strength of
+// an earlier connection or of nothing at all, what is about to be sent, and the queue forgets it.
+func (c *chunk) piece(off, n int) ib.Piece {
+	c.c.Get()
+	return ib.Piece{Chunk: c.c, Off: off, Len: n}
+}
+
 func (q *sendQueue) setSend(s *ib.Send, c *chunk, from, to int) {
 	s.Kind, s.Solicited, s.HeaderLen, s.N = ib.Data, true, 0, 1
-	s.Pieces[0] = ib.Piece{Chunk: c.c, Off: from, Len: to - from}
+	s.Pieces[0] = c.piece(from, to-from)
 }
 
 // stamp writes the header of message seq at offset at of c.
@@ -169,14 +176,14 @@ func (q *sendQueue) packFragment(s *ib.Send, hdr []byte, frag int, ack uint64) (
 		// The header is in front of the payload.
 		hdr = c.mem[off-hdrLen : off : off]
 		off -= hdrLen
-		s.Pieces[0], s.N = ib.Piece{Chunk: c.c, Off: off, Len: hdrLen + k}, 1
+		s.Pieces[0], s.N = c.piece(off, hdrLen+k), 1
 	} else {
 		s.HeaderLen = hdrLen
-		s.Pieces[0], s.N = ib.Piece{Chunk: c.c, Off: off, Len: k}, 1
+		s.Pieces[0], s.N = c.piece(off, k), 1
 	}
 	if k < n {
 		ser, off, _ = q.at(m, q.nextOff+k)
-		s.Pieces[1], s.N = ib.Piece{Chunk: q.chunk(ser).c, Off: off, Len: n - k}, 2
+		s.Pieces[1], s.N = q.chunk(ser).piece(off, n-k), 2
 	}
 	rdshdr.Put(hdr, q.next, q.cutAck, m.len, m.sport, m.dport, q.cutFlags, 0)
 	if m.flags&msgSide != 0 {

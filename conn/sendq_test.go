@@ -160,6 +160,7 @@ func TestSendQueue(t *testing.T) {
 			}
 			for _, p := range s.Pieces[:s.N] {
 				b = append(b, p.Chunk.Bytes()[p.Off:p.Off+p.Len]...)
+				p.Chunk.Put()
 			}
 			limit := 61440
 			if frag != 0 {

@@ -1,6 +1,7 @@
 package conn
 
 import (
+	"bytes"
 	"testing"
 	"time"
 
@@ -89,7 +90,9 @@ func TestMessagesDoNotAllocate(t *testing.T) {
 			// What the transmitter and the peer would do.
 			c.mu.Lock()
 			for ok := true; ok; {
-				ok, _ = c.q.packRun(&c.sends[0], 1, true, false)
+				if ok, _ = c.q.packRun(&c.sends[0], 1, true, false); ok {
+					c.sends[0].Pieces[0].Chunk.Put() // as the link does
+				}
 			}
 			c.q.ack(c.q.tail-1, &r)
 			c.mu.Unlock()
@@ -120,4 +123,60 @@ func TestMessagesDoNotAllocate(t *testing.T) {
 		x.end()
 		h.close(0)
 	})
+}
+
+// TestAckBeforePost: the peer acknowledges what is about to be sent, as it does with what it had on an earlier connection, between
+// the moment when the SENDs are built and that when they are posted. Their memory stays what it was.
+func TestAckBeforePost(t *testing.T) {
+	for _, dialect := range []Dialect{DialectOpen, DialectKernelOnly} {
+		bubble(t, 1, quick, func(t *testing.T, net *simnet.Net) {
+			mod := func(o *hostOptions) { o.cfg.Dialect = dialect }
+			a, b := newHost(t, net, addrA, mod), newHost(t, net, addrB, mod)
+			var o testOwner
+			c := a.conn(addrB)
+			if err := c.Send(&o, 1, 2, []byte("hello")); err != nil {
+				t.Fatal(err)
+			}
+			eventually(t, "acknowledged", 10*time.Second, func() bool { return o.count() == 1 })
+			c.mu.Lock()
+			c.txBusy = true // the test is the transmitter
+			c.mu.Unlock()
+			big := payload(1, 1, 5*pieceLen/2)
+			for range 2 { // the end of the first shares a SEND with the second
+				if err := c.Send(&o, 1, 2, big); err != nil {
+					t.Fatal(err)
+				}
+			}
+			c.mu.Lock()
+			l, r := c.link, released{acked: true}
+			for {
+				built := c.build(l)
+				if built.n == 0 {
+					break
+				}
+				if c.q.next > c.q.una {
+					c.ackedLocked(c.q.next-1, &r)
+				}
+				c.mu.Unlock()
+				if _, err := l.Post(c.sends[:built.n]); err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(10 * time.Millisecond) // slots become free
+				c.mu.Lock()
+			}
+			c.transmitRounds()
+			r.tell()
+			if o.count() != 3 {
+				t.Errorf("%d messages acknowledged", o.count())
+			}
+			eventually(t, "arrives", 10*time.Second, func() bool { return b.sink.len() == 3 })
+			for _, got := range b.sink.take()[1:] {
+				if !bytes.Equal(got.data, big) {
+					t.Error("something else was sent")
+				}
+			}
+			a.close(time.Second)
+			b.close(time.Second)
+		})
+	}
 }

@@ -77,10 +77,6 @@ func (c *Conn) transmitRounds() {
 		c.mu.Unlock()
 		n, err := l.Post(c.sends[:b.n])
 		b.account(c.m, n)
-		if c.mapChunk != nil {
-			c.mapChunk.Put()
-			c.mapChunk = nil
-		}
 		c.mu.Lock()
 		if err == nil {
 			c.q.handed = max(c.q.handed, b.handed)
@@ -245,7 +241,6 @@ func (c *Conn) buildMap(l *ib.Link, b *built) bool {
 	if u.chunk == nil {
 		return false // it came with an earlier one
 	}
-	c.mapChunk = u.chunk
 	if u.len > 0 {
 		c.mapDelta++
 		c.m.count.congDeltasSent.Inc()
@@ -261,6 +256,9 @@ func (c *Conn) buildMap(l *ib.Link, b *built) bool {
 	}
 	size := rdshdr.CongMapLen / parts
 	for i := range parts {
+		if i > 0 {
+			u.chunk.Get() // one for each piece
+		}
 		rdshdr.Put(l.Header(b.n), 0, c.ackNext, rdshdr.CongMapLen, 0, 0, rdshdr.FlagCongBitmap, 0)
 		c.sends[b.n] = ib.Send{Kind: ib.Control, Solicited: i == parts-1, HeaderLen: hdrLen, N: 1,
 			Pieces: [2]ib.Piece{{Chunk: u.chunk, Off: i * size, Len: size}}}

@@ -260,11 +260,20 @@ func (l *Link) Header(i int) []byte {
 	return l.hmem[s*slotBytes : (s+1)*slotBytes : (s+1)*slotBytes]
 }
 
-// Post posts sends in order; there are at most BatchMax, and Free slots for them. Each takes a reference to its
-// chunks until it has completed. It returns how many the QP took; an error means that the link
-// is broken and says why. Transmitter, with no lock held.
+// Post posts sends in order; there are at most BatchMax, and Free slots for them. The caller's reference to the chunk of each
+// piece is the link's from here on, which puts it when the SEND has completed, or at once if it could not be posted. It returns how
+// many the QP took; an error means that the link is broken and says why. Transmitter, with no lock held.
 func (l *Link) Post(sends []Send) (int, error) {
 	h := l.head.Load()
+	fail := func(err error) (int, error) {
+		for i := range sends {
+			for _, p := range sends[i].Pieces[:sends[i].N] {
+				p.Chunk.Put()
+			}
+		}
+		l.fail(err)
+		return 0, err
+	}
 	for i := range sends {
 		s := &sends[i]
 		sl := int(h+uint32(i)) & (l.cfg.Ring - 1)
@@ -272,8 +281,7 @@ func (l *Link) Post(sends []Send) (int, error) {
 		if s.HeaderLen > 0 {
 			e, err := l.qp.Device().SGE(l.hdrs, sl*slotBytes, s.HeaderLen)
 			if err != nil {
-				l.fail(err)
-				return 0, err
+				return fail(err)
 			}
 			sg = append(sg, e)
 		}
@@ -281,8 +289,7 @@ func (l *Link) Post(sends []Send) (int, error) {
 			p := &s.Pieces[k]
 			e, err := l.qp.Device().SGE(p.Chunk, p.Off, p.Len)
 			if err != nil {
-				l.fail(err)
-				return 0, err
+				return fail(err)
 			}
 			sg = append(sg, e)
 		}
@@ -308,7 +315,6 @@ func (l *Link) Post(sends []Send) (int, error) {
 		sl := l.slot(h + uint32(i))
 		sl.kind = s.Kind
 		for k := range s.Pieces[:s.N] {
-			s.Pieces[k].Chunk.Get()
 			sl.chunks[k] = s.Pieces[k].Chunk
 		}
 		switch s.Kind {

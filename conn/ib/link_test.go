@@ -189,7 +189,7 @@ func TestPost(t *testing.T) {
 		}
 		copy(a.Header(3), "other!")
 		sends = append(sends, Send{Kind: Control, HeaderLen: 6, N: 2, Pieces: [2]Piece{{y, 0, 1}, {x, 0, 1}}})
-		if n, err := a.Post(sends); n != 4 || err != nil {
+		if n, err := post(a, sends); n != 4 || err != nil {
 			t.Fatal(n, err)
 		}
 		if a.Outstanding() != 2 || a.AcksInFlight() != 1 || a.InFlight() != 4 || a.Free() != 60 {
@@ -218,7 +218,7 @@ func TestPost(t *testing.T) {
 				n++
 			}
 			if k > 0 {
-				if _, err := a.Post(batch); err != nil {
+				if _, err := post(a, batch); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -257,7 +257,7 @@ func TestDrain(t *testing.T) {
 			for i := range batch {
 				batch[i] = Send{Kind: Data, N: 1, Pieces: [2]Piece{{c, 0, 10000}}}
 			}
-			if _, err := a.Post(batch); err != nil {
+			if _, err := post(a, batch); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -311,7 +311,7 @@ func TestDrainWhileReceiving(t *testing.T) {
 				for i := range batch {
 					batch[i] = Send{Kind: Data, N: 1, Pieces: [2]Piece{{c, 0, 3000}}}
 				}
-				a.Post(batch)
+				post(a, batch)
 			}
 			pause(time.Duration(40+5*round) * time.Microsecond)
 			if err := b.Close(time.Second); err != nil {
@@ -349,7 +349,7 @@ func TestStaleReceives(t *testing.T) {
 		for i := range batch {
 			batch[i] = Send{Kind: Data, N: 1, Pieces: [2]Piece{{c, 0, 3000}}}
 		}
-		a.Post(batch)
+		post(a, batch)
 		pause(time.Second)
 		if err := b.Close(time.Second); err != nil {
 			t.Error(err)
@@ -396,7 +396,7 @@ func TestBrokenOnce(t *testing.T) {
 		a, b := r.pair(&ua, &ub)
 		c := r.chunk('x')
 		// Longer than a receive buffer.
-		if _, err := a.Post([]Send{{Kind: Data, N: 2, Pieces: [2]Piece{{c, 0, 65536}, {c, 0, 100}}}}); err != nil {
+		if _, err := post(a, []Send{{Kind: Data, N: 2, Pieces: [2]Piece{{c, 0, 65536}, {c, 0, 100}}}}); err != nil {
 			t.Fatal(err)
 		}
 		pause(time.Second)
@@ -409,7 +409,7 @@ func TestBrokenOnce(t *testing.T) {
 		if !errors.As(ua.broken[0], &wc) || wc.Status != verbs.WCRemInvReqErr {
 			t.Errorf("the sender is told %v", ua.broken[0])
 		}
-		a.Post([]Send{{Kind: Data, N: 1, Pieces: [2]Piece{{c, 0, 1}}}})
+		post(a, []Send{{Kind: Data, N: 1, Pieces: [2]Piece{{c, 0, 1}}}})
 		a.Fail(errors.New("again"))
 		if len(ua.broken) != 1 {
 			t.Error("reported again")
@@ -486,4 +486,14 @@ func FuzzParse(f *testing.F) {
 func pause(d time.Duration) {
 	time.Sleep(d)
 	synctest.Wait()
+}
+
+// post posts with a reference of its own to each chunk.
+func post(l *Link, sends []Send) (int, error) {
+	for i := range sends {
+		for _, p := range sends[i].Pieces[:sends[i].N] {
+			p.Chunk.Get()
+		}
+	}
+	return l.Post(sends)
 }
