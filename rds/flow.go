@@ -241,6 +241,7 @@ func (n *notice) Released(msgs, bytes int, acked bool) {
 	if !acked {
 		n.what.Status = StatusCancelled
 	}
-	n.f.s.comp.keep(n.what)
-	n.f.s.raise()
+	if n.f.s.comp.keep(n.what) {
+		n.f.s.raise()
+	}
 }

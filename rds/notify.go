@@ -93,36 +93,36 @@ func (c *completions) breakPromise() {
 	c.mu.Unlock()
 }
 
-// keep enters a completion that was promised.
-func (c *completions) keep(what Completion) {
+// keep enters a completion that was promised. first: there was none.
+func (c *completions) keep(what Completion) (first bool) {
 	c.mu.Lock()
 	c.promised--
-	c.addLocked(what)
+	first = c.addLocked(what)
 	c.mu.Unlock()
 	c.readers.wakeOne()
+	return first
 }
 
 // add enters one that was not, if there is room.
-func (c *completions) add(what Completion) bool {
+func (c *completions) add(what Completion) (ok, first bool) {
 	c.mu.Lock()
-	ok := !c.fullLocked()
-	if ok {
-		c.addLocked(what)
+	if ok = !c.fullLocked(); ok {
+		first = c.addLocked(what)
 	}
 	c.mu.Unlock()
 	if ok {
 		c.readers.wakeOne()
 	}
-	return ok
+	return ok, first
 }
 
-func (c *completions) addLocked(what Completion) {
+func (c *completions) addLocked(what Completion) (first bool) {
 	if c.r > len(c.q)/2 {
 		c.q = c.q[:copy(c.q, c.q[c.r:])]
 		c.r = 0
 	}
 	c.q = append(c.q, what)
-	c.n.Add(1)
+	return c.n.Add(1) == 1
 }
 
 // take is the oldest completion.

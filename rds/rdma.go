@@ -204,15 +204,19 @@ func (o *operation) abort() {
 func (o *operation) RDMADone(st conn.RDMAStatus) {
 	o.release()
 	o.what.Status = CompletionStatus(st)
+	ok, first := true, false
 	switch {
 	case o.notify:
-		o.s.comp.keep(o.what)
+		first = o.s.comp.keep(o.what)
 	case st != conn.RDMASuccess && o.s.recvErr.Load():
-		if !o.s.comp.add(o.what) {
-			o.s.svc.ctr.completionsLost.Add(1)
-		}
+		ok, first = o.s.comp.add(o.what)
 	}
-	o.s.raise()
+	if !ok {
+		o.s.svc.ctr.completionsLost.Add(1)
+	}
+	if first {
+		o.s.raise()
+	}
 	o.s.svc.ops.Put(o)
 }
 

@@ -12,8 +12,11 @@ import (
 // spec 1.6): a datagram, a completion, or news of congestion. It is made at the first SyscallConn, and costs a look at a
 // pointer where there is none.
 //
-// Whoever adds to a queue raises it afterwards, whoever has taken from one settles it. A settle looks at the queues under mu,
-// so a raise after it is for what the settle did not see.
+// Whoever adds to an empty queue raises it afterwards, whoever has taken from one, or found it empty, settles it. Both look at the
+// queues under mu, so the last of them leaves fd as the queues are.
+//
+// A raise writes though fd may be readable already. Who polls edge-triggered and has found one queue empty waits for the
+// next event, and must get it whatever another queue, or another reader's settle that is still to come, has kept readable.
 type readiness struct {
 	s *Socket
 
@@ -27,12 +30,14 @@ type readiness struct {
 
 func (r *readiness) raise() {
 	r.mu.Lock()
-	r.raiseLocked()
+	if r.s.readable() { // else somebody has taken it meanwhile
+		r.raiseLocked()
+	}
 	r.mu.Unlock()
 }
 
 func (r *readiness) raiseLocked() {
-	if !r.set && r.fd >= 0 && !r.end {
+	if r.fd >= 0 && !r.end {
 		r.set = true
 		eventfdSet(r.fd)
 	}
@@ -62,17 +67,18 @@ func (r *readiness) settle(looked bool) {
 // readable reports whether there is something to read.
 func (s *Socket) readable() bool { return s.q.some() || s.comp.n.Load() > 0 || s.mon.news() }
 
-// some reports whether there is a datagram.
+// some reports whether there is a datagram. It looks at the end first where they come in: one that a reader moves to the other end
+// meanwhile is seen at least once, and a deliverer who asks finds what it has brought without a look at readMu.
 func (q *recvq) some() bool {
-	q.readMu.Lock()
-	more := q.moreLocked() || q.out != nil && q.out.next != nil
-	q.readMu.Unlock()
-	if more {
+	q.inMu.Lock()
+	in := q.in != nil && q.in.r < q.in.w
+	q.inMu.Unlock()
+	if in {
 		return true
 	}
-	q.inMu.Lock()
-	defer q.inMu.Unlock()
-	return q.in != nil && q.in.r < q.in.w
+	q.readMu.Lock()
+	defer q.readMu.Unlock()
+	return q.moreLocked() || q.out != nil && q.out.next != nil
 }
 
 // raise says that something can be read now, if somebody listens.
@@ -94,6 +100,9 @@ func (s *Socket) settle(looked bool) {
 // monitor, that a port has cleared which refused a write of this socket, until a read finds nothing). It is for
 // epoll, poll and select only: nothing may be read from it or written to it, and it is always writable. Whether the socket is, is a
 // matter of its destinations: CongestedError.Ready tells, and RawConn.Write waits for room in the send buffer.
+//
+// Edge-triggered (EPOLLET), there is an event when something comes after a call that reads it has found nothing (epoll(7)): each kind is to
+// be read until there is none. What comes while there are unread ones of its kind need not be an event.
 //
 // The descriptor is valid inside the functions given to the RawConn; until Close of the socket outside of them. Having one
 // costs a system call each time the socket's queue becomes empty or ceases to be. ErrNotSupported where there is no eventfd.

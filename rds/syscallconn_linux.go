@@ -8,7 +8,7 @@ import (
 
 func newEventfd() (int, error) { return unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK) }
 
-// eventfdSet makes fd readable. It cannot fail: the counter is 0.
+// eventfdSet makes fd readable, and wakes who polls it though it is. It cannot fail: the counter has 64 bits.
 func eventfdSet(fd int) {
 	var one [8]byte
 	binary.NativeEndian.PutUint64(one[:], 1)

@@ -123,6 +123,118 @@ func TestReadiness(t *testing.T) {
 	}
 }
 
+// Edge-triggered, the descriptor has an event for what comes after a read that found nothing, whatever else is unread.
+func TestReadinessEdge(t *testing.T) {
+	a, b, _, tb := pair(t, Config{})
+	rc, err := b.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ep, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(ep)
+	if err := rc.Control(func(fd uintptr) {
+		err = unix.EpollCtl(ep, unix.EPOLL_CTL_ADD, int(fd), &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET})
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := func(what string, event bool) {
+		t.Helper()
+		var evs [1]unix.EpollEvent
+		n, err := unix.EpollWait(ep, evs[:], 0)
+		if err != nil || (n == 1) != event {
+			t.Fatalf("%s: %d events, %v", what, n, err)
+		}
+	}
+	send := func() { mustWrite(t, a, []byte("x"), b.AddrPort()) }
+	recv := func() {
+		t.Helper()
+		m, err := b.TryReceive()
+		if err != nil {
+			t.Fatal(err)
+		}
+		m.Release()
+	}
+	nothing := func() {
+		t.Helper()
+		if _, err := b.TryReceive(); !errors.Is(err, ErrWouldBlock) {
+			t.Fatal(err)
+		}
+	}
+	notify := func() {
+		t.Helper()
+		if err := b.Send(t.Context(), Message{Peer: a.AddrPort(), Notify: true}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want("nothing has come", false)
+	send()
+	want("a datagram", true)
+	want("nothing more", false)
+	recv()
+	want("a read is no event", false)
+	send()
+	want("after a read that took all", true)
+	recv()
+	nothing()
+	send()
+	want("after a read that found nothing", true)
+	send()
+	recv()
+	want("one of two was read", false)
+	send()
+	want("another after that", true)
+	recv()
+	recv()
+	nothing()
+	want("all were read", false)
+
+	// Of one kind nothing is left, of another something is.
+	notify()
+	want("a completion", true)
+	nothing()
+	send()
+	want("a datagram beside a completion", true)
+	b.TryReadCompletion()
+	if _, ok := b.TryReadCompletion(); ok {
+		t.Error("a second completion")
+	}
+	notify()
+	want("a completion beside a datagram", true)
+	notify()
+	want("a second completion, the first being unread", false)
+	b.TryReadCompletion()
+	b.TryReadCompletion()
+	recv()
+	tb.SetCongested(addrA, 4000, true)
+	if err := b.TrySend(Message{Peer: a.AddrPort()}); !errors.Is(err, ErrCongested) {
+		t.Fatal(err)
+	}
+	tb.SetCongested(addrA, 4000, false)
+	want("news of congestion", true)
+	send()
+	want("a datagram beside news", true)
+	recv()
+	nothing()
+	want("all were read", false)
+
+	// A deliverer says so after a reader has taken what it brought.
+	b.raise()
+	want("there is nothing any more", false)
+	if err := rc.Control(func(fd uintptr) {
+		if polled(t, fd) {
+			t.Error("readable with nothing there")
+		}
+	}); err != nil {
+		t.Error(err)
+	}
+}
+
 // RawConn's Read and Write wait for what they are named after, and no longer than the deadlines.
 func TestRawConn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -194,6 +306,72 @@ func TestRawConn(t *testing.T) {
 		b.Close()
 		wg.Wait()
 	})
+}
+
+// A settle does not miss a datagram that a reader moves from one end of the queue to the other while it looks.
+func TestReadinessMove(t *testing.T) {
+	a, b, _, _ := pair(t, Config{})
+	mustWrite(t, a, []byte("x"), b.AddrPort())
+	q := &b.q
+	q.inMu.Lock()
+	seen := make(chan bool)
+	go func() { seen <- q.some() }()
+	time.Sleep(10 * time.Millisecond) // who looks at the ends in the wrong order is between them now
+	q.readMu.Lock()
+	q.out, q.in, q.inTail = q.in, nil, nil
+	q.readMu.Unlock()
+	q.inMu.Unlock()
+	if !<-seen {
+		t.Error("the datagram was not seen at either end")
+	}
+	wantRead(t, b, []byte("x"), a.AddrPort())
+}
+
+// Readers that see their datagrams through the descriptor alone leave none behind, whoever of them reads, and whoever settles
+// meanwhile what others have just changed.
+func TestReadinessReaders(t *testing.T) {
+	a, b, _, _ := pair(t, Config{})
+	rc, err := b.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	const readers, rounds, burst = 3, 1000, 3
+	var n atomic.Int32
+	var end atomic.Bool
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer end.Store(true)
+	for range readers {
+		wg.Go(func() {
+			p := make([]byte, 10)
+			if err := rc.Control(func(fd uintptr) {
+				for !end.Load() {
+					pfd := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+					if k, _ := unix.Poll(pfd, 1); k != 1 {
+						continue
+					}
+					if _, _, err := b.TryReadFromAddrPort(p); err == nil {
+						n.Add(1)
+					} else if !errors.Is(err, ErrWouldBlock) {
+						t.Error(err)
+						return
+					}
+				}
+			}); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	for i := range int32(rounds) {
+		for range burst {
+			mustWrite(t, a, []byte("x"), b.AddrPort())
+		}
+		for limit := time.Now().Add(10 * time.Second); n.Load() < (i+1)*burst; time.Sleep(10 * time.Microsecond) {
+			if time.Now().After(limit) {
+				t.Fatalf("%d datagrams were read, %d sent, and the descriptor is not readable", n.Load(), (i+1)*burst)
+			}
+		}
+	}
 }
 
 // An event loop that sees its datagrams through the descriptor alone misses none, whoever delivers them.
