@@ -317,6 +317,7 @@ type Stats struct {
 	TracesForgotten   uint64 // connections given up of which nothing is known any more
 	Conns             uint64 // gauge
 	ConnsUp           uint64 // gauge
+	SlabBytes         uint64 // gauge: memory mapped to send from and to receive into, used or not
 }
 
 // Info is a snapshot of one connection, as `rds-info -n -I` shows it (rds-protocol spec 6.1, 7.6).
@@ -330,6 +331,7 @@ type Info struct {
 	QPN, PeerQPN       uint32
 	MaxSendWR          int // of the QP, 0 unless connected
 	MaxSendSGE         int
+	MaxMRs, MRPages    int    // large regions of the device's pools, 0 unless connected
 	MaxRecvWR          int    // posted to the shared receive queue it takes from
 	PeerCongestedPorts int    // bits set in the peer's map
 	NextTX             uint64 // next sequence to send

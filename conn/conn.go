@@ -252,6 +252,7 @@ func (c *Conn) Info() Info {
 		i.Device = c.link.Device().Name()
 		i.QPN, i.PeerQPN = uint32(c.link.QPN()), uint32(c.ctl.peerQPN)
 		i.MaxSendWR, i.MaxSendSGE, i.MaxRecvWR = c.link.Limits()
+		i.MaxMRs, i.MRPages = c.link.Device().Pools().Limits()
 	}
 	i.PeerCongestedPorts = int(c.peer.cong.count.Load())
 	return i

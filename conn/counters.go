@@ -136,6 +136,7 @@ func (m *Manager) Stats() Stats {
 	m.mu.RLock()
 	s.TracesForgotten = m.traces.forgot
 	m.mu.RUnlock()
+	s.SlabBytes = uint64(m.cfg.Slab.Mapped())
 	s.IBTxCQEvent, s.IBRxCQEvent = m.cfg.Registry.Completions()
 	for _, c := range m.conns() {
 		c.mu.Lock()

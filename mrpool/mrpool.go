@@ -452,6 +452,9 @@ func (ps *Pools) Stats() Stats {
 	return Stats{Small: ps.small.snapshot(), Large: ps.large.snapshot(), Pinned: ps.pinned.Load(), Misuse: ps.misuse.Load(), StrayWCs: ps.strayWCs.Load()}
 }
 
+// Limits are the bounds of the pool of large regions: how many, and pages of each.
+func (ps *Pools) Limits() (items, pages int) { return ps.large.cfg.MaxItems, ps.large.maxPages }
+
 // Each calls fn for the counters that the kernel has, under its names (rds-protocol spec 6.2).
 func (s *Stats) Each(fn func(name string, value uint64)) {
 	for _, p := range []struct {

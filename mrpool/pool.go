@@ -249,6 +249,10 @@ type PoolStats struct {
 	Recovered      uint64 // regions replaced by the recovery worker
 	RecoveryErrors uint64 // attempts at it that failed
 
+	MaxItems  int // bounds: regions, pages of each, bytes
+	MaxPages  int
+	MaxPinned int64
+
 	Items  int   // places in use or kept
 	Mapped int64 // regions that owners have
 	Ready  int64 // regions with the device's objects on the free list
@@ -264,7 +268,7 @@ func (p *pool) snapshot() PoolStats {
 	return PoolStats{
 		Alloc: c.alloc.Load(), Free: c.destroyed.Load(), Used: c.mapped.Load(), Flush: c.flushes.Load(), Wait: c.waits.Load(),
 		Depleted: c.depleted.Load(), Reused: c.reused.Load(), AllocErrors: c.allocErrors.Load(), Recovered: c.recovered.Load(),
-		RecoveryErrors: c.recoveryErrors.Load(), Items: items, Mapped: p.used.Load(), Ready: p.freeItems.Load(),
+		RecoveryErrors: c.recoveryErrors.Load(), MaxItems: p.cfg.MaxItems, MaxPages: p.maxPages, MaxPinned: p.cfg.MaxPinned, Items: items, Mapped: p.used.Load(), Ready: p.freeItems.Load(),
 		Dirty: p.dirtyItems.Load(), Pinned: p.pinned.Load(),
 	}
 }

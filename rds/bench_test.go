@@ -281,6 +281,37 @@ func measure(svcs ...*Service) (f footprint) {
 	return f
 }
 
+// BenchmarkInfo is what it costs to look: at a Service with 200 sockets, as many connections, and 2,000 datagrams that nobody reads. A
+// poll of the counters once a second, or of everything, is nothing beside what is looked at.
+func BenchmarkInfo(b *testing.B) {
+	const peers, unread = 200, 10
+	cfg := Config{Providers: []verbs.Provider{newNullVerbs(b)}, MaxSlabBytes: 1 << 36}
+	sa, sb := openUDP(b, cfg), openUDP(b, cfg)
+	for i := range peers {
+		x := bind(b, sa, ap(netip.AddrFrom4([4]byte{10, 1, 0, byte(i + 1)}), 4000))
+		y := bind(b, sb, ap(addrB, uint16(4000+i)))
+		for range unread {
+			mustWrite(b, x, make([]byte, 64), y.AddrPort())
+		}
+		for len(y.svc.Info(InfoRecv).ReceiveQueue) < (i+1)*unread {
+			sb.tr.Progress()
+		}
+	}
+	for _, c := range []struct {
+		name  string
+		items InfoItems
+	}{{"counters", InfoCounters}, {"sockets", InfoSockets}, {"connections", InfoConnections}, {"queues", InfoSend | InfoRetrans | InfoRecv}, {"ib", InfoIB}, {"devices", InfoDevices}, {"all", InfoAll}} {
+		b.Run(c.name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				if in := sb.Info(c.items); len(in.LocalAddresses) != 1 {
+					b.Fatal(in)
+				}
+			}
+		})
+	}
+}
+
 // BenchmarkRDMA is one operation with its datagram, or alone, after the other over loopback sockets, 16 of them outstanding.
 func BenchmarkRDMA(b *testing.B) {
 	for _, op := range []RDMAOp{RDMAWrite, RDMARead} {

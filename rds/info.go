@@ -10,6 +10,7 @@ import (
 
 	"github.com/openrds/openrds/conn"
 	"github.com/openrds/openrds/ibdev"
+	"github.com/openrds/openrds/mrpool"
 )
 
 // InfoItems chooses parts of an Info. Each is what a getsockopt of the kernel's RDS gives (rds-protocol spec 6.1).
@@ -93,7 +94,7 @@ type IBConnInfo struct {
 	Local      netip.Addr `json:"local"`
 	Remote     netip.Addr `json:"remote"`
 	TOS        uint8      `json:"tos"`
-	SL         uint8      `json:"sl"`
+	SL         uint8      `json:"sl"`        // 0: on RoCE the type of service is the traffic class
 	LocalGID   netip.Addr `json:"local_gid"` // zero unless up, as the other fields below
 	RemoteGID  netip.Addr `json:"remote_gid"`
 	Device     string     `json:"device"`
@@ -106,7 +107,7 @@ type IBConnInfo struct {
 	RDMAMRSize int        `json:"rdma_mr_size"` // pages of each
 }
 
-// DeviceInfo is a device: its limits, queues and the provider's counters.
+// DeviceInfo is a device: its receive queues, its pools of registered memory and the provider's counters.
 type DeviceInfo struct {
 	Name     string            `json:"name"`
 	Addr     netip.Addr        `json:"addr"`
@@ -114,7 +115,25 @@ type DeviceInfo struct {
 	QPs      int               `json:"qps"`
 	Small    ibdev.RecvStats   `json:"small_receive_queue"`
 	Large    ibdev.RecvStats   `json:"large_receive_queue"`
+	Pool8K   PoolInfo          `json:"pool_8k"` // regions of up to three pages
+	Pool1M   PoolInfo          `json:"pool_1m"` // larger ones
 	Counters map[string]uint64 `json:"counters"`
+}
+
+// PoolInfo is a pool of registered memory, as it is now; what it has done is in the counters (ib_rdma_mr_8k_..., ib_rdma_mr_1m_...).
+type PoolInfo struct {
+	Max       int   `json:"max"`        // regions it may have
+	Pages     int   `json:"pages"`      // of the largest
+	MaxPinned int64 `json:"max_pinned"` // bytes
+	Regions   int   `json:"regions"`    // it has: mapped, ready, dirty, or on their way between these
+	Mapped    int64 `json:"mapped"`     // that sockets have
+	Ready     int64 `json:"ready"`      // that nobody has, to be used again
+	Dirty     int64 `json:"dirty"`      // that were freed, and whose memory is mapped until there are enough of them
+	Pinned    int64 `json:"pinned"`     // bytes
+}
+
+func poolInfo(s *mrpool.PoolStats) PoolInfo {
+	return PoolInfo{Max: s.MaxItems, Pages: s.MaxPages, MaxPinned: s.MaxPinned, Regions: s.Items, Mapped: s.Mapped, Ready: s.Ready, Dirty: s.Dirty, Pinned: s.Pinned}
 }
 
 // Info takes a snapshot of what items says. It holds no lock for longer than it takes to copy one queue, and costs
@@ -140,7 +159,8 @@ func (svc *Service) Info(items InfoItems) Info {
 	if items&InfoDevices != 0 {
 		_, devs := svc.tr.Stats()
 		for _, d := range devs {
-			in.Devices = append(in.Devices, DeviceInfo{Name: d.Name, Addr: d.Addr, Refs: d.Refs, QPs: d.QPs, Small: d.Small, Large: d.Large, Counters: d.Provider})
+			in.Devices = append(in.Devices, DeviceInfo{Name: d.Name, Addr: d.Addr, Refs: d.Refs, QPs: d.QPs, Small: d.Small, Large: d.Large,
+				Pool8K: poolInfo(&d.Pools.Small), Pool1M: poolInfo(&d.Pools.Large), Counters: d.Provider})
 		}
 		slices.SortFunc(in.Devices, func(a, b DeviceInfo) int { return a.Addr.Compare(b.Addr) })
 	}
@@ -158,8 +178,8 @@ func (svc *Service) connInfo(in *Info, items InfoItems) {
 			in.Connections = append(in.Connections, connInfoOf(&i))
 		}
 		if items&InfoIB != 0 {
-			ib := IBConnInfo{Local: i.Local, Remote: i.Remote, TOS: i.TOS, SL: 0, Device: i.Device, QPN: i.QPN, PeerQPN: i.PeerQPN,
-				MaxSendWR: i.MaxSendWR, MaxRecvWR: i.MaxRecvWR, MaxSendSGE: i.MaxSendSGE}
+			ib := IBConnInfo{Local: i.Local, Remote: i.Remote, TOS: i.TOS, Device: i.Device, QPN: i.QPN, PeerQPN: i.PeerQPN,
+				MaxSendWR: i.MaxSendWR, MaxRecvWR: i.MaxRecvWR, MaxSendSGE: i.MaxSendSGE, RDMAMRMax: i.MaxMRs, RDMAMRSize: i.MRPages}
 			if i.Device != "" {
 				ib.LocalGID, ib.RemoteGID = i.Local, i.Remote
 			}

@@ -39,11 +39,28 @@ func TestInfo(t *testing.T) {
 		if c := in.Connections[0]; len(in.Connections) != 1 || c.Local != addrB || c.Remote != addrA || c.Flags != ConnConnected || c.Kernel {
 			t.Errorf("connections: %+v", in.Connections)
 		}
-		if ib := in.IBConnections[0]; ib.LocalGID != addrB || ib.QPN == 0 || ib.MaxSendWR == 0 || ib.MaxRecvWR == 0 {
+		if ib := in.IBConnections[0]; ib.LocalGID != addrB || ib.QPN == 0 || ib.MaxSendWR == 0 || ib.MaxSendSGE == 0 || ib.MaxRecvWR == 0 || ib.RDMAMRMax != 4096 || ib.RDMAMRSize != 257 {
 			t.Errorf("verbs connection: %+v", ib)
 		}
 		if len(in.Devices) != 1 || in.Devices[0].Addr != addrB || in.Devices[0].QPs != 1 || in.Devices[0].Small.BufBytes == 0 {
 			t.Errorf("devices: %+v", in.Devices)
+		}
+		region := mustRegister(t, r, 100<<10, RegionOptions{})
+		small := mustRegister(t, r, 100, RegionOptions{})
+		d := b.Info(InfoDevices).Devices[0]
+		if p := d.Pool1M; p.Max != 4096 || p.Pages != 257 || p.Regions != 1 || p.Mapped != 1 || p.Pinned < 100<<10 || p.MaxPinned < p.Pinned {
+			t.Errorf("1m pool with a region: %+v", p)
+		}
+		if p := d.Pool8K; p.Pages != 3 || p.Mapped != 1 || p.Pinned != 1<<12 && p.Pinned != 2<<12 {
+			t.Errorf("8k pool with a region: %+v", p)
+		}
+		region.Close()
+		small.Close()
+		if p := b.Info(InfoDevices).Devices[0].Pool1M; p.Mapped != 0 || p.Regions != 1 || p.Dirty+p.Ready != 1 {
+			t.Errorf("1m pool without a region in use: %+v", p)
+		}
+		if n := b.Stats().Conn.SlabBytes; n == 0 || n > 1<<30 {
+			t.Errorf("%d bytes of slab memory", n)
 		}
 		if len(in.Sockets) != 1 || in.Sockets[0].QueuedBytes != 300 {
 			t.Errorf("sockets: %+v", in.Sockets)

@@ -350,6 +350,13 @@ func (s *Slab) Stats() Stats {
 	return Stats{MappedBytes: int64(s.mapped) * RegionSize, SmallInUse: inUse[small], LargeInUse: inUse[large]}
 }
 
+// Mapped is how many bytes of memory are mapped, in use or not.
+func (s *Slab) Mapped() int64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return int64(s.mapped) * RegionSize
+}
+
 // LeakError says that a slab was closed while chunks were out.
 type LeakError struct {
 	Slab         string

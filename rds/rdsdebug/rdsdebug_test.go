@@ -105,7 +105,7 @@ func TestInfo(t *testing.T) {
 		t.Errorf("%+v", in)
 	}
 	w := httptest.NewRecorder()
-	rdsdebug.Handler(b).ServeHTTP(w, httptest.NewRequest("GET", "/info?format=text", nil))
+	rdsdebug.Handler(b).ServeHTTP(w, httptest.NewRequest("GET", "/info?format=text&verbose=1", nil))
 	text := w.Body.String()
 	for _, want := range []string{
 		"\nCounters:\n              CounterName            Value\n               conn_reset                0\n",
@@ -114,7 +114,10 @@ func TestInfo(t *testing.T) {
 		"--C-\n",
 		"\nReceive Message Queue:\n      LocalAddr LPort      RemoteAddr RPort  Tos              Seq      Bytes\n     127.0.0.92  5000      127.0.0.91  4000    0 ",
 		"          6\n",
-		"::ffff:127.0.0.92",
+		"\nRDS IB Connections:\n      LocalAddr      RemoteAddr  Tos  SL                         LocalDev                        RemoteDev\n" +
+			"     127.0.0.92      127.0.0.91    0   0                ::ffff:127.0.0.92                ::ffff:127.0.0.91  send_wr=",
+		", send_sge=", ", rdma_mr_max=4096, rdma_mr_size=257, qpn=",
+		"\nMemory Pools:\n           Addr Pool      Max    Pages  Regions   Mapped    Ready    Dirty    PinnedBytes\n     127.0.0.92   8k   ",
 	} {
 		if !strings.Contains(text, want) {
 			t.Errorf("no %q in:\n%s", want, text)

@@ -87,16 +87,13 @@ func WriteText(w io.Writer, in *rds.Info, items rds.InfoItems, verbose bool) err
 	messages(rds.InfoSend, "Send", in.SendQueue)
 	messages(rds.InfoRetrans, "Retransmit", in.RetransQueue)
 	if items&rds.InfoIB != 0 {
-		fmt.Fprintf(b, "\nRDS IB Connections:\n%15s %15s %4s %3s %32s %32s", "LocalAddr", "RemoteAddr", "Tos", "SL", "LocalDev", "RemoteDev")
-		if verbose {
-			fmt.Fprintf(b, " %8s %8s %8s %8s %8s %8s %8s", "QPN", "PeerQPN", "send_wr", "recv_wr", "send_sge", "mr_max", "mr_size")
-		}
-		fmt.Fprintln(b)
+		fmt.Fprintf(b, "\nRDS IB Connections:\n%15s %15s %4s %3s %32s %32s\n", "LocalAddr", "RemoteAddr", "Tos", "SL", "LocalDev", "RemoteDev")
 		for i := range in.IBConnections {
 			c := &in.IBConnections[i]
 			fmt.Fprintf(b, "%15s %15s %4d %3d %32s %32s", c.Local, c.Remote, c.TOS, c.SL, gid(c.LocalGID), gid(c.RemoteGID))
 			if verbose {
-				fmt.Fprintf(b, " %8d %8d %8d %8d %8d %8d %8d", c.QPN, c.PeerQPN, c.MaxSendWR, c.MaxRecvWR, c.MaxSendSGE, c.RDMAMRMax, c.RDMAMRSize)
+				fmt.Fprintf(b, "  send_wr=%d, recv_wr=%d, send_sge=%d, rdma_mr_max=%d, rdma_mr_size=%d", c.MaxSendWR, c.MaxRecvWR, c.MaxSendSGE, c.RDMAMRMax, c.RDMAMRSize)
+				fmt.Fprintf(b, ", qpn=%d, peer_qpn=%d", c.QPN, c.PeerQPN) // ours
 			}
 			fmt.Fprintln(b)
 		}
@@ -106,6 +103,16 @@ func WriteText(w io.Writer, in *rds.Info, items rds.InfoItems, verbose bool) err
 		for i := range in.Devices {
 			d := &in.Devices[i]
 			fmt.Fprintf(b, "%15s %24s %6d %6d %10d %10d %10d %10d\n", d.Addr, d.Name, d.Refs, d.QPs, d.Small.Posted, d.Small.Live, d.Large.Posted, d.Large.Live)
+		}
+		fmt.Fprintf(b, "\nMemory Pools:\n%15s %4s %8s %8s %8s %8s %8s %8s %14s\n", "Addr", "Pool", "Max", "Pages", "Regions", "Mapped", "Ready", "Dirty", "PinnedBytes")
+		for i := range in.Devices {
+			d := &in.Devices[i]
+			for _, p := range []struct {
+				name string
+				rds.PoolInfo
+			}{{"8k", d.Pool8K}, {"1m", d.Pool1M}} {
+				fmt.Fprintf(b, "%15s %4s %8d %8d %8d %8d %8d %8d %14d\n", d.Addr, p.name, p.Max, p.Pages, p.Regions, p.Mapped, p.Ready, p.Dirty, p.Pinned)
+			}
 		}
 	}
 	return b.Flush()
