@@ -193,7 +193,7 @@ func (ps *Pools) scratchPage() [][]byte {
 // Register registers one contiguous piece of memory for no queue pair in particular. mem is memory outside the Go
 // heap, or pinned by the caller until it was given back and that was proven. It may be of any length that the bound on
 // pinned bytes allows. At a bound it starts a flush and waits, at most Config.MaxWait; then the error matches
-// ErrPoolExhausted. Other errors are PD.RegMR's and ctx's. The caller holds a reference to the device. May wait.
+// ErrPoolExhausted, as does ctx's when that ended the wait. Other errors are PD.RegMR's and ctx's. The caller holds a reference to the device. May wait.
 func (ps *Pools) Register(ctx context.Context, mem []byte, iova uint64, access verbs.Access) (Mapping, error) {
 	if ps.cfg.Epoch != nil {
 		if err := ps.cfg.Epoch.Throttle(ctx); err != nil {
@@ -279,7 +279,7 @@ func (ps *Pools) wait(ctx context.Context, p *pool, try func() (Mapping, error))
 		case <-t.C:
 			return Mapping{}, err
 		case <-ctx.Done():
-			return Mapping{}, ctx.Err()
+			return Mapping{}, fmt.Errorf("%w: %w", ctx.Err(), err)
 		}
 	}
 }

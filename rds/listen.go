@@ -66,7 +66,7 @@ func (lc *ListenConfig) bind(ctx context.Context, address netip.AddrPort) (*Sock
 	if err := lc.Transport.check(); err != nil {
 		return nil, err
 	}
-	return lc.Service.listen(ctx, address, func(s *Socket) {
+	s, err := lc.Service.listen(ctx, address, func(s *Socket) {
 		if lc.ReadBuffer > 0 {
 			s.setReadBuffer(lc.ReadBuffer)
 		}
@@ -83,6 +83,10 @@ func (lc *ListenConfig) bind(ctx context.Context, address netip.AddrPort) (*Sock
 		s.recvErr.Store(lc.RecvErr)
 		s.mon.on.Store(lc.CongestionMonitor)
 	})
+	if lc.Transport != TransportAny && errors.Is(err, ErrAddrNotAvailable) {
+		err = fmt.Errorf("%w: %v does not have %v: %v", ErrNoTransport, lc.Transport, address.Addr(), err)
+	}
+	return s, err
 }
 
 // Dialer makes connected sockets as net.Dialer does. Zero values are defaults. The methods do not change it.

@@ -89,11 +89,13 @@ func (t *regions) get(rkey uint32) *Region {
 //
 // The error matches ErrRegionTooLarge, ErrPoolExhausted, ErrDeviceGone, ErrNotSupported, ErrInvalid, ErrClosed or ctx's error.
 func (s *Socket) RegisterRegion(ctx context.Context, mem []byte, opt RegionOptions) (*Region, error) {
+	ctx, end := s.wdl.context(ctx, false)
+	defer end()
 	r, err := s.register(ctx, mem, opt, netip.Addr{}, func(iova uint64, access verbs.Access, p verbs.PagedMemory) (*conn.Mapping, error) {
 		return s.svc.tr.Register(ctx, s.la.addr, mem, p, iova, access)
 	})
 	if err != nil {
-		return nil, s.opError("register", netip.AddrPort{}, err)
+		return nil, s.opError("register", netip.AddrPort{}, waitError(ctx, err, nil))
 	}
 	return r, nil
 }
@@ -106,15 +108,18 @@ func (s *Socket) RegisterRegion(ctx context.Context, mem []byte, opt RegionOptio
 // RegisterRegion's.
 func (s *Socket) RegisterRegionFor(ctx context.Context, addr netip.AddrPort, mem []byte, opt RegionOptions) (*Region, error) {
 	addr = unmap(addr)
+	ctx, end := s.wdl.context(ctx, false)
+	defer end()
 	r, err := s.registerFor(ctx, addr, uint8(s.tos.Load()), mem, opt, true)
 	if err != nil {
-		return nil, s.opError("register", addr, err)
+		return nil, s.opError("register", addr, waitError(ctx, err, nil))
 	}
 	return r, nil
 }
 
 // SendMapped registers mem as RegisterRegionFor does, and sends m with the cookie (RDS_CMSG_RDMA_MAP). If the message cannot
-// be sent the region is freed again.
+// be sent the region is freed again. It waits until ctx is done or the write deadline, whichever is first: for the connection
+// (the error then matches ErrNotReady too), for a region (ErrPoolExhausted), and for what Send waits for.
 func (s *Socket) SendMapped(ctx context.Context, m Message, mem []byte, opt RegionOptions) (*Region, error) {
 	return s.sendMapped(ctx, m, mem, opt, true)
 }
@@ -130,7 +135,7 @@ func (s *Socket) sendMapped(ctx context.Context, m Message, mem []byte, opt Regi
 	if err != nil {
 		return nil, s.opError("write", to, err)
 	}
-	r, err := s.registerFor(ctx, to, tos, mem, opt, wait)
+	r, err := s.registerToSend(ctx, to, tos, mem, opt, wait)
 	if err != nil {
 		return nil, s.opError("register", to, err)
 	}
@@ -140,6 +145,24 @@ func (s *Socket) sendMapped(ctx context.Context, m Message, mem []byte, opt Regi
 		return nil, err
 	}
 	return r, nil
+}
+
+// registerToSend is registerFor as a part of a write.
+func (s *Socket) registerToSend(ctx context.Context, to netip.AddrPort, tos uint8, mem []byte, opt RegionOptions, wait bool) (*Region, error) {
+	if s.wdl.expired.Load() && !s.closed.Load() {
+		return nil, errDeadlineRead
+	}
+	ctx, end := s.wdl.context(ctx, true)
+	defer end()
+	r, err := s.registerFor(ctx, to, tos, mem, opt, wait)
+	if err != nil {
+		cause := ErrNotReady
+		if errors.Is(err, ErrPoolExhausted) {
+			cause = ErrPoolExhausted
+		}
+		err = waitError(ctx, err, cause)
+	}
+	return r, err
 }
 
 func (s *Socket) registerFor(ctx context.Context, addr netip.AddrPort, tos uint8, mem []byte, opt RegionOptions, wait bool) (*Region, error) {

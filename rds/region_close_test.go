@@ -5,13 +5,16 @@ import (
 	"errors"
 	"net/netip"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
 
+	"github.com/openrds/openrds/ibdev"
 	"github.com/openrds/openrds/internal/simnet"
+	"github.com/openrds/openrds/mrpool"
 )
 
 // Who registers memory for a peer that cannot be reached waits for the connection, and no longer than the socket is
@@ -118,6 +121,80 @@ func TestCloseWithStalledReader(t *testing.T) {
 		}
 		if !strings.Contains(log.String(), "reader=stuck") || !strings.Contains(log.String(), "TestCloseWithStalledReader") {
 			t.Errorf("log: %s", log.String())
+		}
+	})
+}
+
+// A write deadline ends a SendMapped whatever it waits for, and says what that was; so does Close.
+func TestSendMappedDeadline(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		svc := openSim(t, simnet.New(1, simnet.Config{}), Config{Linger: -1, MemoryPools: ibdev.PoolConfig{Small: mrpool.PoolConfig{MaxItems: 1}}})
+		defer svc.Close()
+		s, local := bind(t, svc, ap(addrA, 4000)), bind(t, svc, ap(addrA, 4001))
+		nobody := netip.MustParseAddrPort("10.0.0.99:7000")
+		send := func(to netip.AddrPort) error {
+			_, err := s.SendMapped(t.Context(), Message{Peer: to}, make([]byte, 100), RegionOptions{})
+			return err
+		}
+		// For the connection: moved while somebody waits.
+		errs := make(chan error)
+		s.SetWriteDeadline(time.Now().Add(time.Second))
+		go func() { errs <- send(nobody) }()
+		time.Sleep(time.Second / 2)
+		start := time.Now()
+		s.SetWriteDeadline(start.Add(time.Minute))
+		err := <-errs
+		wantTimeout(t, err, ErrNotReady)
+		if d := time.Since(start); d != time.Minute || !errors.Is(err, syscall.ETIMEDOUT) || !errors.Is(err, syscall.EAGAIN) {
+			t.Errorf("%v after %v", err, d)
+		}
+		wantTimeout(t, send(nobody), nil) // at once
+		s.SetWriteDeadline(time.Time{})
+		// Into the past under who waits.
+		go func() { errs <- send(nobody) }()
+		time.Sleep(time.Minute)
+		s.SetWriteDeadline(time.Unix(1, 0))
+		wantTimeout(t, <-errs, ErrNotReady)
+		s.SetWriteDeadline(time.Time{})
+		// A read deadline is none of its business.
+		go func() { errs <- send(nobody) }()
+		s.SetReadDeadline(time.Unix(1, 0))
+		time.Sleep(time.Minute)
+		select {
+		case err := <-errs:
+			t.Fatalf("the read deadline: %v", err)
+		default:
+		}
+		s.SetWriteDeadline(time.Unix(1, 0))
+		wantTimeout(t, <-errs, ErrNotReady)
+		s.SetWriteDeadline(time.Time{})
+
+		// For a region.
+		r := mustRegister(t, local, 100, RegionOptions{})
+		s.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
+		start = time.Now()
+		wantTimeout(t, send(local.AddrPort()), ErrPoolExhausted)
+		if d := time.Since(start); d != 100*time.Millisecond {
+			t.Errorf("waited %v for a region", d)
+		}
+		s.SetWriteDeadline(time.Time{})
+		for _, f := range []func() error{
+			func() error { return send(local.AddrPort()) },
+			func() error { _, err := s.RegisterRegion(t.Context(), make([]byte, 100), RegionOptions{}); return err },
+		} {
+			go func() { errs <- f() }()
+		}
+		time.Sleep(100 * time.Millisecond)
+		start = time.Now()
+		s.Close()
+		for range 2 {
+			if err := <-errs; !errors.Is(err, ErrClosed) || time.Since(start) != 0 {
+				t.Errorf("Close under who waits for a region: %v after %v", err, time.Since(start))
+			}
+		}
+		r.Close()
+		if n := len(s.wdl.calls); n != 0 {
+			t.Errorf("%d calls are still entered", n)
 		}
 	})
 }

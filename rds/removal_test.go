@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net/netip"
 	"os"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -95,6 +96,16 @@ func TestSocketsOutliveDevices(t *testing.T) {
 		}
 		if _, err := svc.ListenPacket(ctx, "10.0.0.9:4000"); !errors.Is(err, ErrAddrNotAvailable) {
 			t.Errorf("binding at an address that is not there: %v", err)
+		}
+		// With a transport chosen it is that transport that does not have the address (rds-protocol spec 1.2).
+		pinned := ListenConfig{Service: svc, Transport: TransportIB}
+		if _, err := pinned.Bind(ctx, netip.MustParseAddrPort("10.0.0.9:4000")); !errors.Is(err, ErrNoTransport) || !errors.Is(err, syscall.ENOPROTOOPT) || errors.Is(err, ErrAddrNotAvailable) {
+			t.Errorf("binding there with a transport chosen: %v", err)
+		}
+		if s, err := pinned.Bind(ctx, netip.MustParseAddrPort("10.0.0.1:4002")); err != nil || s.Transport() != TransportIB {
+			t.Errorf("binding with the right transport: %v", err)
+		} else {
+			s.Close()
 		}
 
 		// A write that waits goes on when the device is back, and so does everything else.
