@@ -1,49 +1,57 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/netip"
-	"runtime"
+	"os"
 	"strconv"
-	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
 
+	"github.com/openrds/openrds/internal/packetio"
 	"github.com/openrds/openrds/rds"
 )
 
 // stress is rds-stress: one side of a test, whose other side may be rds-stress itself on a kernel's RDS.
 type stress struct {
-	opt      stressOptions
-	rds      rdsOptions
-	kernel   bool // the kernel's RDS, not ours
-	cpu      bool
-	stdout   io.Writer
-	outliers time.Duration
-	hist     bool
+	opt         stressOptions
+	rds         rdsOptions
+	kernel      bool   // the kernel's RDS, not ours
+	peerVersion string // of the rds-stress that is told
+	cpu         bool
+	outliers    stressMicros
+	hist        bool
+	cancelSent  bool
+	abortAfter  uint32 // seconds, 0: never
+	stdout      io.Writer
 
-	// Shorter in tests.
-	delay, burnIn, second time.Duration
+	// Tests have others.
+	network        packetio.Network // nil: UDP
+	burnIn, second time.Duration
+	abort          func()
 }
 
-// Times of rds-stress: tasks start so long after both sides are ready, and what they do at first is not counted.
-const (
-	stressDelay  = 2 * time.Second
-	stressBurnIn = 4 * time.Second
-)
+// stressBurnIn is what passes, once both sides are ready, before anything is counted. The tasks start when half of it is over.
+const stressBurnIn = 4 * time.Second
+
+func newStress(stdout io.Writer) *stress {
+	return &stress{opt: defaultStressOptions(), rds: rdsOptions{Dialect: dialectOpen, Port: 4791}, peerVersion: stressVersion, stdout: stdout,
+		burnIn: stressBurnIn, second: time.Second, abort: func() { os.Exit(1) }}
+}
 
 func newStressCommand(stdout io.Writer) *cobra.Command {
-	s := stress{opt: defaultStressOptions(), rds: rdsOptions{Dialect: dialectOpen, Port: 4791}, stdout: stdout, delay: stressDelay, burnIn: stressBurnIn, second: time.Second}
+	s := newStress(stdout)
 	o := &s.opt
 	var send, recv string
 	var useCong, useOnce, useGetMR, useFence, cacheMRs intBool = 1, 0, 0, 1, 0
+	var reset bool
 	var ignored intBool
 	cmd := &cobra.Command{
 		Use:   "stress",
@@ -52,11 +60,15 @@ func newStressCommand(stdout io.Writer) *cobra.Command {
 another "rds-bench stress", or rds-stress on a host that uses the kernel's RDS. With --kernel it uses the kernel's RDS itself, and is
 rds-stress for hosts that have none.
 
-Without -s it waits for one that connects and does as it is told; with -s it connects, tells, and measures.`,
+Without -s it waits for one that connects and does as it is told; with -s it connects, tells, and measures. Numbers may be followed by
+k, m or g, and begin with 0x.`,
 		Example: "  rds-bench stress -r 10.0.0.1\n  rds-bench stress -r 10.0.0.2 -s 10.0.0.1 -q 4096 -t 4 -d 8 -T 30",
 		Args:    noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			o.CongMonitor, o.UseOnce, o.UseGetMR, o.UseFence, o.CacheMRs = useCong != 0, useOnce != 0, useGetMR != 0, useFence != 0, cacheMRs != 0
+			if reset {
+				return usage(errors.New("--reset: neither this RDS nor Linux's has connections that a program could reset; Oracle's kernels do"))
+			}
 			for _, a := range []struct {
 				text string
 				addr *netip.Addr
@@ -65,13 +77,13 @@ Without -s it waits for one that connects and does as it is told; with -s it con
 				if a.text == "" {
 					continue
 				}
-				ap, err := netip.ParseAddr(a.text)
-				if err != nil || !ap.Is4() {
-					return usage(fmt.Errorf("%s: %q is not an IPv4 address, which is all the protocol knows", a.flag, a.text))
+				var err error
+				if *a.addr, err = resolveStress(cmd.Context(), a.text); err != nil {
+					return fmt.Errorf("%s: %w", a.flag, err)
 				}
-				*a.addr = ap
 			}
-			if err := errors.Join(o.validate(), s.rds.validate()); err != nil {
+			o.settle()
+			if err := errors.Join(o.validate(), s.rds.validate(), checkStressVersion(s.peerVersion)); err != nil {
 				return usage(err)
 			}
 			if o.SendAddr.IsValid() {
@@ -81,19 +93,19 @@ Without -s it waits for one that connects and does as it is told; with -s it con
 		},
 	}
 	fl := cmd.Flags()
-	fl.StringVarP(&recv, "recv-addr", "r", "", "local address; default that of the control connection")
-	fl.StringVarP(&send, "send-addr", "s", "", "peer's address: this side is the active one")
-	fl.Uint16VarP(&o.Port, "port", "p", o.Port, "TCP port of the control connection; RDS ports follow")
-	fl.VarP(stressSize{&o.AckSize}, "ack-bytes", "a", "bytes of an ack, with suffix k, m, g")
-	fl.VarP(stressSize{&o.ReqSize}, "req-bytes", "q", "bytes of a request")
-	fl.Uint32VarP(&o.Depth, "depth", "d", o.Depth, "requests outstanding per task and peer task")
-	fl.Uint16VarP(&o.Tasks, "tasks", "t", o.Tasks, "tasks on each side, each with a socket")
-	fl.Uint32VarP(&o.RunTime, "time", "T", 0, "seconds, after the burn-in; 0: until interrupted")
-	fl.VarP(stressSize{&o.RDMASize}, "rdma-bytes", "D", "bytes per RDMA segment; 0: no RDMA")
-	fl.Uint32VarP(&o.Segments, "rdma-segments", "I", o.Segments, "local segments per RDMA")
-	fl.Uint8VarP(&o.RWMode, "rdma-mode", "M", 0, "0: RDMA reads and writes in turn, 1: reads, 2: writes")
+	fl.StringVarP(&recv, "recv-addr", "r", "", "local address or name; default that of the control connection")
+	fl.StringVarP(&send, "send-addr", "s", "", "peer's address or name: this side is the active one")
+	fl.VarP(stressNumber[uint16]{&o.Port, "port"}, "port", "p", "TCP port of the control connection; RDS ports follow")
+	fl.VarP(stressNumber[uint32]{&o.AckSize, "bytes"}, "ack-bytes", "a", "bytes of an ack; 0: the least, 63, or 96 over IPv6")
+	fl.VarP(stressNumber[uint32]{&o.ReqSize, "bytes"}, "req-bytes", "q", "bytes of a request")
+	fl.VarP(stressNumber[uint32]{&o.Depth, "n"}, "depth", "d", "requests outstanding per task and peer task")
+	fl.VarP(stressNumber[uint16]{&o.Tasks, "n"}, "tasks", "t", "tasks on each side, each with a socket")
+	fl.VarP(stressNumber[uint32]{&o.RunTime, "seconds"}, "time", "T", "seconds, after the burn-in; 0: until interrupted")
+	fl.VarP(stressNumber[uint32]{&o.RDMASize, "bytes"}, "rdma-bytes", "D", "bytes per RDMA segment; 0: no RDMA")
+	fl.VarP(stressNumber[uint32]{&o.Segments, "n"}, "rdma-buffers", "I", "local segments per RDMA")
+	fl.VarP(stressNumber[uint8]{&o.RWMode, "mode"}, "rdma-mode", "M", "0: RDMA reads and writes in turn, 1: reads, 2: writes")
 	fl.BoolVarP(&o.OneWay, "one-way", "o", false, "only the active side sends requests")
-	fl.Uint8VarP(&o.TOS, "tos", "Q", 0, "type of service")
+	fl.VarP(stressNumber[uint8]{&o.TOS, "tos"}, "tos", "Q", "type of service")
 	fl.BoolVarP(&s.cpu, "report-cpu", "c", false, "report the CPU that this process uses, of all there is")
 	fl.BoolVarP(&o.RTPrio, "rtprio", "R", false, "accepted and passed on; goroutines have no priorities")
 	fl.BoolVarP(&o.Verify, "verify", "v", false, "check every byte")
@@ -101,18 +113,24 @@ Without -s it waits for one that connects and does as it is told; with -s it con
 	fl.BoolVarP(&o.SummaryOnly, "report-summary", "z", false, "the last line only")
 	fl.Var(&useOnce, "rdma-use-once", "regions that the reply frees")
 	fl.Var(&useGetMR, "rdma-use-get-mr", "register regions for the destination (RDS_GET_MR_FOR_DEST), not with the message")
-	fl.Var(&useFence, "rdma-use-fence", "fence RDMA reads")
+	fl.Var(&useFence, "rdma-use-fence", "send acks with the RDMA reads they follow, fenced; 0: once the read has completed")
 	fl.Var(&cacheMRs, "rdma-cache-mrs", "keep regions")
-	fl.Uint32Var(&o.Alignment, "rdma-alignment", 0, "offset of RDMA buffers")
+	fl.Var(stressNumber[uint32]{&o.Alignment, "bytes"}, "rdma-alignment", "offset of RDMA buffers")
 	fl.BoolVar(&o.KeyOMeter, "rdma-key-o-meter", false, "accepted and passed on")
 	fl.Var(&ignored, "rdma-use-notify", "ignored, as by rds-stress")
+	fl.BoolVar(&o.Async, "async", false, "passed on, for Oracle's kernels: the peer's sockets send again what failed; those here do so by themselves")
+	fl.BoolVar(new(bool), "disable-inq", false, "ignored: for Oracle's kernels")
+	fl.BoolVar(&reset, "reset", false, "refused: for Oracle's kernels")
+	fl.BoolVar(&s.cancelSent, "cancel-sent-to", false, "at the end take back what the peer has not acknowledged (RDS_CANCEL_SENT_TO)")
+	fl.Var(stressNumber[uint32]{&s.abortAfter, "seconds"}, "abort-after", "end the process in the midst of it, so long after the burn-in")
 	fl.BoolVar(&o.ShowParams, "show-params", false, "print the parameters")
-	fl.BoolVar(&o.ShowPerfdata, "show-perfdata", false, "lines for programs, which begin with ::")
-	fl.Uint32Var(&o.ConnectRetries, "connect-retries", 0, "times to try the control connection again, each second")
+	fl.BoolVar(&o.ShowPerfdata, "show-perfdata", false, "lines for programs, which begin with ::, in place of the table")
+	fl.Var(stressNumber[uint32]{&o.ConnectRetries, "n"}, "connect-retries", "times to try the control connection again, each second")
 	fl.Var(&useCong, "use-cong-monitor", "accepted and passed on: who waits for a port is always woken by it alone")
-	fl.DurationVar(&s.outliers, "show-outliers", 0, "report round trips above this")
+	fl.Var(&s.outliers, "show-outliers", "report round trips above this, in microseconds or with a unit")
 	fl.BoolVar(&s.hist, "show-histogram", false, "print a histogram of round trips at the end")
 	fl.BoolVar(&s.kernel, "kernel", false, "use the kernel's RDS in place of this one")
+	fl.StringVar(&s.peerVersion, "peer-version", s.peerVersion, "release of the peer's rds-stress: with -Q, --async and over IPv6 it understands its own only")
 	fl.StringVar(&s.rds.Dialect, "dialect", s.rds.Dialect, "what to speak to the peer: open (ours, where it can) or kernel")
 	fl.Uint16Var(&s.rds.Port, "roce-port", s.rds.Port, "UDP port of RoCEv2")
 	return cmd
@@ -131,73 +149,172 @@ func (b *intBool) Set(s string) error {
 	return nil
 }
 
-// stressSize is a number of bytes with rds-stress's suffixes.
-type stressSize struct{ n *uint32 }
+// parseStressNumber reads a number as rds-stress does: decimal, octal or hexadecimal, and a suffix for its multiples of 1024.
+func parseStressNumber(s string, max uint64) (uint64, error) {
+	digits, shift := s, 0
+	if i := len(s) - 1; i > 0 {
+		switch s[i] | 0x20 {
+		case 'k':
+			shift = 10
+		case 'm':
+			shift = 20
+		case 'g':
+			shift = 30
+		}
+		if shift > 0 {
+			digits = s[:i]
+		}
+	}
+	n, err := strconv.ParseUint(digits, 0, 64)
+	if err != nil {
+		return 0, fmt.Errorf("%q is no number", s)
+	}
+	if n > max>>shift {
+		return 0, fmt.Errorf("%s is more than %d", s, max)
+	}
+	return n << shift, nil
+}
 
-func (v stressSize) String() string {
+// stressNumber is a flag with a number.
+type stressNumber[T uint8 | uint16 | uint32] struct {
+	n    *T
+	kind string // for the help
+}
+
+func (v stressNumber[T]) String() string {
 	if v.n == nil {
 		return "0"
 	}
 	return strconv.FormatUint(uint64(*v.n), 10)
 }
-func (v stressSize) Type() string { return "bytes" }
-func (v stressSize) Set(s string) error {
-	shift := 0
-	if i := strings.IndexAny(s, "kKmMgG"); i >= 0 && i == len(s)-1 {
-		shift = map[byte]int{'k': 10, 'm': 20, 'g': 30}[s[i]|0x20]
-		s = s[:i]
+func (v stressNumber[T]) Type() string { return v.kind }
+func (v stressNumber[T]) Set(s string) error {
+	n, err := parseStressNumber(s, uint64(^T(0)))
+	if err == nil {
+		*v.n = T(n)
 	}
-	n, err := strconv.ParseUint(s, 0, 32)
-	if err != nil || n<<shift > stressUnset-1 {
-		return fmt.Errorf("%q is no number of bytes", s)
+	return err
+}
+
+// stressMicros is a flag with a time: a number of microseconds, as rds-stress has it, or with a unit.
+type stressMicros time.Duration
+
+func (v *stressMicros) String() string { return time.Duration(*v).String() }
+func (v *stressMicros) Type() string   { return "us" }
+func (v *stressMicros) Set(s string) error {
+	if n, err := parseStressNumber(s, uint64(1<<63-1)/uint64(time.Microsecond)); err == nil {
+		*v = stressMicros(time.Duration(n) * time.Microsecond)
+		return nil
 	}
-	*v.n = uint32(n << shift)
+	d, err := time.ParseDuration(s)
+	if err != nil || d < 0 {
+		return fmt.Errorf("%q is neither a number of microseconds nor a time", s)
+	}
+	*v = stressMicros(d)
 	return nil
+}
+
+// resolveStress is the address that text is, or the first one of a host with that name.
+func resolveStress(ctx context.Context, text string) (netip.Addr, error) {
+	if a, err := netip.ParseAddr(text); err == nil {
+		return a.Unmap(), nil
+	}
+	as, err := net.DefaultResolver.LookupNetIP(ctx, "ip", text)
+	if err != nil {
+		return netip.Addr{}, err
+	}
+	return as[0].Unmap(), nil
+}
+
+// settle completes options that a user gave: one of two link-local addresses may do without a zone; the least ack is the default;
+// an address that says nothing is none.
+func (o *stressOptions) settle() {
+	if o.RecvAddr.IsUnspecified() {
+		o.RecvAddr = netip.Addr{}
+	}
+	shareZone(&o.SendAddr, o.RecvAddr)
+	shareZone(&o.RecvAddr, o.SendAddr)
+	if o.AckSize == 0 {
+		o.AckSize = uint32(o.headerLen())
+	}
+}
+
+// shareZone has a in the zone of b, if it has none and needs one.
+func shareZone(a *netip.Addr, b netip.Addr) {
+	if a.Is6() && a.IsLinkLocalUnicast() && a.Zone() == "" {
+		*a = a.WithZone(b.Zone())
+	}
 }
 
 // active connects, tells the peer its options, and runs.
 func (s *stress) active(ctx context.Context) error {
+	if s.opt.ShowParams {
+		s.params()
+	}
+	c, err := s.dial(ctx)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	if !s.opt.RecvAddr.IsValid() {
+		s.opt.RecvAddr = hostOf(c.LocalAddr())
+	}
+	return s.lead(ctx, c)
+}
+
+// dial connects to a peer that may not be there yet.
+func (s *stress) dial(ctx context.Context) (net.Conn, error) {
 	o := &s.opt
 	d := net.Dialer{Timeout: 10 * time.Second}
 	if o.RecvAddr.IsValid() {
-		d.LocalAddr = &net.TCPAddr{IP: o.RecvAddr.AsSlice()}
+		d.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(o.RecvAddr, 0))
 	}
 	to := netip.AddrPortFrom(o.SendAddr, o.Port)
-	fmt.Fprintf(s.stdout, "connecting to %v\n", to)
-	var c net.Conn
+	fmt.Fprintf(s.stdout, "connecting to %v", to)
+	defer fmt.Fprintln(s.stdout)
 	for try := uint32(0); ; try++ {
-		var err error
-		if c, err = d.DialContext(ctx, "tcp", to.String()); err == nil {
-			break
+		c, err := d.DialContext(ctx, "tcp", to.String())
+		if err == nil {
+			return c, nil
 		}
-		if try >= o.ConnectRetries || ctx.Err() != nil {
-			return err
+		var errno syscall.Errno
+		if try == 0 && errors.As(err, &errno) {
+			fmt.Fprintf(s.stdout, ": %v", errno)
 		}
-		select {
-		case <-time.After(s.second):
-		case <-ctx.Done():
-			return ctx.Err()
+		absent := errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.EHOSTUNREACH) || errors.Is(err, syscall.ENETUNREACH)
+		if !absent || try >= o.ConnectRetries {
+			return nil, err
+		}
+		if try == 0 {
+			fmt.Fprint(s.stdout, " - retrying")
+		}
+		fmt.Fprint(s.stdout, ".")
+		if !pause(ctx, nil, s.second) {
+			return nil, ctx.Err()
 		}
 	}
-	defer c.Close()
-	if !o.RecvAddr.IsValid() {
-		o.RecvAddr = c.LocalAddr().(*net.TCPAddr).AddrPort().Addr().Unmap()
-	}
+}
+
+// hostOf is the address in that of a TCP connection's end.
+func hostOf(a net.Addr) netip.Addr { return a.(*net.TCPAddr).AddrPort().Addr().Unmap() }
+
+// lead is the active side's part of the control connection.
+func (s *stress) lead(ctx context.Context, c net.Conn) error {
 	// What the peer is told is what we send and receive at; it swaps them.
-	if _, err := c.Write(o.encode()); err != nil {
+	if _, err := c.Write(s.opt.encode(s.peerVersion)); err != nil {
 		return err
 	}
-	fmt.Fprintf(s.stdout, "negotiated options, tasks will start in %v\n", s.delay)
 	return s.run(ctx, c, true)
 }
 
 // passive waits for a peer and does as it is told.
 func (s *stress) passive(ctx context.Context) error {
+	own := s.opt.RecvAddr
 	host := ""
-	if s.opt.RecvAddr.IsValid() {
-		host = s.opt.RecvAddr.String()
+	if own.IsValid() {
+		host = own.String()
 	}
-	l, err := new(net.ListenConfig).Listen(ctx, "tcp4", net.JoinHostPort(host, strconv.Itoa(int(s.opt.Port))))
+	l, err := new(net.ListenConfig).Listen(ctx, "tcp", net.JoinHostPort(host, strconv.Itoa(int(s.opt.Port))))
 	if err != nil {
 		return err
 	}
@@ -213,25 +330,32 @@ func (s *stress) passive(ctx context.Context) error {
 		return err
 	}
 	defer c.Close()
-	fmt.Fprintf(s.stdout, "accepted connection from %v\n", c.RemoteAddr())
-	own := s.opt.RecvAddr
+	on := ""
+	if !own.IsValid() {
+		own, on = hostOf(c.LocalAddr()), " on "+c.LocalAddr().String()
+	}
+	fmt.Fprintf(s.stdout, "accepted connection from %v%s\n", c.RemoteAddr(), on)
+	return s.follow(ctx, c, own)
+}
+
+// follow is the passive side's part of the control connection; own is the address to use here.
+func (s *stress) follow(ctx context.Context, c net.Conn, own netip.Addr) error {
 	if err := c.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
 		return err
 	}
-	if s.opt, err = readStressOptions(c); err != nil {
+	o, err := readStressOptions(c, own.Is6())
+	if err != nil {
 		return fmt.Errorf("options of the peer: %w", err)
 	}
 	if err := c.SetReadDeadline(time.Time{}); err != nil {
 		return err
 	}
-	s.opt.SendAddr = s.opt.RecvAddr
-	if s.opt.RecvAddr = own; !own.IsValid() {
-		s.opt.RecvAddr = c.LocalAddr().(*net.TCPAddr).AddrPort().Addr().Unmap()
-	}
-	if err := s.opt.validate(); err != nil {
+	o.SendAddr, o.RecvAddr = o.RecvAddr, own
+	shareZone(&o.SendAddr, own)
+	if err := o.validate(); err != nil {
 		return fmt.Errorf("options of the peer: %w", err)
 	}
-	fmt.Fprintf(s.stdout, "negotiated options, tasks will start in %v\n", s.delay)
+	s.opt = o
 	return s.run(ctx, c, false)
 }
 
@@ -240,7 +364,7 @@ func (s *stress) open() (stressHost, error) {
 	if s.kernel {
 		return openKernelRDS()
 	}
-	cfg := rds.Config{UDPPort: s.rds.Port, Linger: -1}
+	cfg := rds.Config{UDPPort: s.rds.Port, Network: s.network, Linger: -1}
 	if s.rds.Dialect == dialectKernel {
 		cfg.Dialect = rds.DialectKernelOnly
 	}
@@ -277,25 +401,20 @@ func (s *stress) run(ctx context.Context, c net.Conn, active bool) (err error) {
 			return err
 		}
 		tasks = append(tasks, t)
-		if s.outliers > 0 {
+		if limit := time.Duration(s.outliers); limit > 0 {
 			t.outlier = func(to netip.AddrPort, rtt time.Duration) {
-				if rtt > s.outliers {
+				if rtt > limit {
 					fmt.Fprintf(s.stdout, "Found RTT = %.2f us to %v\n", float64(rtt)/1e3, to)
 				}
 			}
 		}
 	}
-	if o.ShowParams {
-		fmt.Fprintf(s.stdout, "Parameters:\n  Transport   : rds\n  Tasks       : %d\n  Depth       : %d\n  Request     : %d\n  Ack         : %d\n  RDMA        : %d x %d\n  Type of service: %d\n",
-			o.Tasks, o.Depth, o.ReqSize, o.AckSize, o.RDMASize, o.Segments, o.TOS)
-	}
 	// Both sides are ready before either starts.
 	stop := context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
-	one := []byte{0}
 	steps := []func() error{
-		func() error { _, err := c.Write(one); return err },
-		func() error { _, err := io.ReadFull(c, one); return err },
+		func() error { _, err := c.Write([]byte{0}); return err },
+		func() error { _, err := io.ReadFull(c, make([]byte, 1)); return err },
 	}
 	if !active {
 		steps[0], steps[1] = steps[1], steps[0]
@@ -305,32 +424,31 @@ func (s *stress) run(ctx context.Context, c net.Conn, active bool) (err error) {
 			return fmt.Errorf("control connection: %w", err)
 		}
 	}
+	fmt.Fprintf(s.stdout, "negotiated options, tasks will start in %g seconds\n", (s.burnIn / 2).Seconds())
 	// From here on anything that happens on the control connection is the end, and no error.
 	over := make(chan struct{})
 	go func() {
 		defer close(over)
-		bufio.NewReader(c).ReadByte()
+		c.Read(make([]byte, 1))
 	}()
 	defer func() {
 		c.Close()
 		<-over
 	}()
-	if !pause(ctx, over, s.delay) {
-		return context.Cause(ctx)
+	done := s.report(ctx, over, active, host, tasks)
+	// The sides do not stop at the same instant: what fails from here on fails because the other one has, and what it sent last
+	// still finds a socket.
+	for i, t := range tasks {
+		t.quiet()
+		if s.cancelSent {
+			if err := t.cancel(i, s.stdout); err != nil {
+				return err
+			}
+		}
 	}
-	for _, t := range tasks {
-		t.start()
-	}
-	s.report(ctx, over, active, host, tasks)
-	// The sides do not stop at the same instant: what fails from here on fails because the other one has. So the active one
-	// says that it is over, and keeps its sockets until the passive one knows.
-	for _, t := range tasks {
-		t.stopping.Store(true)
-	}
-	if h, ok := c.(interface{ CloseWrite() error }); ok && active {
-		h.CloseWrite()
-		pause(ctx, over, 2*time.Second)
-	}
+	c.Close()
+	pause(ctx, nil, s.second)
+	done()
 	if cause := context.Cause(ctx); cause != nil && cause != interrupted && !errors.Is(cause, context.Canceled) {
 		return cause
 	}
@@ -348,131 +466,4 @@ func pause(ctx context.Context, over <-chan struct{}, d time.Duration) bool {
 	case <-ctx.Done():
 	}
 	return false
-}
-
-func total(tasks []*stressTask) (c stressCounts) {
-	for _, t := range tasks {
-		c.add(t.snapshot(), 1)
-	}
-	return c
-}
-
-// report prints a line per second and the average. The active side ends when the time is over, the passive one when the
-// active one has ended.
-func (s *stress) report(ctx context.Context, over <-chan struct{}, active bool, host stressHost, tasks []*stressTask) {
-	w := s.stdout
-	fmt.Fprint(w, "Starting up")
-	for range 4 {
-		if !pause(ctx, over, s.burnIn/4) {
-			fmt.Fprintln(w)
-			return
-		}
-		fmt.Fprint(w, ".")
-	}
-	fmt.Fprintln(w)
-	fmt.Fprintf(w, "%4s %6s %6s %10s %10s %10s %7s %8s %5s\n", "tsks", "tx/s", "rx/s", "tx+rx K/s", "mbi K/s", "mbo K/s", "tx us/c", "rtt us", "cpu %")
-	if s.opt.ShowPerfdata {
-		names := []string{"tasks", "req", "ack", "rdma", "requests", "kB/s", "in", "out", "tx", "rtt", "cpu"}
-		for _, c := range host.counters() {
-			names = append(names, c.Name)
-		}
-		fmt.Fprintf(w, "::%s\n", strings.Join(names, ","))
-	}
-	begin := time.Now()
-	first := total(tasks)
-	last, lastAt := first, begin
-	firstCPU, lastCPU := cpuTime(), cpuTime()
-	lastCounters := host.counters()
-	for n := 1; !active || s.opt.RunTime == 0 || n <= int(s.opt.RunTime); n++ {
-		on := pause(ctx, over, time.Until(begin.Add(time.Duration(n)*s.second)))
-		now, c, cpu := time.Now(), total(tasks), cpuTime()
-		if !on {
-			break
-		}
-		d := c
-		d.add(last, ^uint64(0))
-		took := now.Sub(lastAt)
-		if !s.opt.SummaryOnly {
-			s.line(d, took, d.ReqTx, d.ReqRx, s.cpuPercent(cpu-lastCPU, took), "")
-		}
-		if s.opt.ShowPerfdata {
-			counters := host.counters()
-			// One write: whoever finds a long round trip writes between two.
-			line := fmt.Appendf(nil, "::%d,%d,%d,%d,%d,%.2f,%.2f,%.2f,%.2f,%.2f,%.2f", s.opt.Tasks, s.opt.ReqSize, s.opt.AckSize, s.opt.RDMASize, d.ReqTx,
-				kps(d.bytes(), took), kps(d.MbusIn, took), kps(d.MbusOut, took), mean(d.SendTime, d.ReqTx), mean(d.RTT, d.AckRx), s.cpuPercent(cpu-lastCPU, took))
-			for i, x := range counters {
-				old := uint64(0)
-				if i < len(lastCounters) && lastCounters[i].Name == x.Name {
-					old = lastCounters[i].Value
-				}
-				line = fmt.Appendf(line, ",%.0f", float64(x.Value-old)/took.Seconds())
-			}
-			w.Write(append(line, '\n'))
-			lastCounters = counters
-		}
-		last, lastAt, lastCPU = c, now, cpu
-	}
-	d := last
-	d.add(first, ^uint64(0))
-	took := lastAt.Sub(begin)
-	if took <= 0 {
-		return
-	}
-	if !s.opt.SummaryOnly {
-		fmt.Fprintln(w, strings.Repeat("-", 75))
-	}
-	if s.hist {
-		defer s.histogram(tasks)
-	}
-	secs := took.Seconds()
-	s.line(d, took, uint64(float64(d.ReqTx)/secs), uint64(float64(d.ReqRx)/secs), s.cpuPercent(lastCPU-firstCPU, took), "  (average)")
-}
-
-// histogram prints round trips by powers of two.
-func (s *stress) histogram(tasks []*stressTask) {
-	var sum stressHistogram
-	for _, t := range tasks {
-		t.mu.Lock()
-		for i, n := range t.hist {
-			sum[i] += n
-		}
-		t.mu.Unlock()
-	}
-	fmt.Fprintln(s.stdout, "\nRTT histogram (all of the run):")
-	for i, n := range sum {
-		switch {
-		case i == len(sum)-1:
-			fmt.Fprintf(s.stdout, "RTT (us)          >= %8d %10d\n", 1<<(i-1), n)
-		default:
-			fmt.Fprintf(s.stdout, "RTT (us) %8d <  %8d %10d\n", 1<<i>>1, 1<<i, n)
-		}
-	}
-}
-
-func (c *stressCounts) bytes() uint64 {
-	return c.ReqTxBytes + c.ReqRxBytes + c.AckTxBytes + c.AckRxBytes
-}
-
-// kps is KiB per second.
-func kps(bytes uint64, d time.Duration) float64 { return float64(bytes) / 1024 / d.Seconds() }
-
-// mean is the mean in microseconds.
-func mean(sum time.Duration, n uint64) float64 {
-	if n == 0 {
-		return 0
-	}
-	return float64(sum) / float64(n) / 1e3
-}
-
-func (s *stress) line(d stressCounts, took time.Duration, tx, rx uint64, cpu float64, suffix string) {
-	fmt.Fprintf(s.stdout, "%4d %6d %6d %10.2f %10.2f %10.2f %7.2f %8.2f %5.2f%s\n", s.opt.Tasks, tx, rx,
-		kps(d.bytes(), took), kps(d.MbusIn, took), kps(d.MbusOut, took), mean(d.SendTime, d.ReqTx), mean(d.RTT, d.AckRx), cpu, suffix)
-}
-
-// cpuPercent is what the process used of all processors, -1 unless asked for.
-func (s *stress) cpuPercent(used, took time.Duration) float64 {
-	if !s.cpu {
-		return -1
-	}
-	return 100 * used.Seconds() / took.Seconds() / float64(runtime.NumCPU())
 }

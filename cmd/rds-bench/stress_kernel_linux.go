@@ -24,6 +24,7 @@ const (
 	afRDS  = 21
 	solRDS = 276
 
+	optCancelSent  = 1
 	optFreeMR      = 3
 	optCongMonitor = 6
 	infoCounters   = 10000
@@ -39,6 +40,7 @@ const (
 	flagInvalidate = 0x04
 	flagUseOnce    = 0x08
 	flagNotify     = 0x20
+	flagSilent     = 0x40
 )
 
 // kernelRetry is how often a message that has to wait is tried again: which of those who wait for a congested port, for room in the send
@@ -96,7 +98,7 @@ func (h kernelHost) listen(_ context.Context, at netip.AddrPort, sendBuffer, rec
 			return fail("setsockopt", err)
 		}
 	}
-	if err := unix.Bind(fd, &unix.SockaddrInet4{Port: int(at.Port()), Addr: at.Addr().As4()}); err != nil {
+	if err := unix.Bind(fd, kernelAddr(at)); err != nil {
 		return fail(fmt.Sprintf("bind to %v", at), err)
 	}
 	if tos != 0 {
@@ -111,6 +113,14 @@ func (h kernelHost) listen(_ context.Context, at netip.AddrPort, sendBuffer, rec
 	s := &kernelSocket{f: f, rc: rc, at: at, oob: make([]byte, 4096)}
 	s.news = sync.NewCond(&s.mu)
 	return s, nil
+}
+
+// kernelAddr is ap as the kernel knows it: its RDS has addresses of both IPs.
+func kernelAddr(ap netip.AddrPort) unix.Sockaddr {
+	if a := ap.Addr(); a.Is6() {
+		return &unix.SockaddrInet6{Port: int(ap.Port()), Addr: a.As16(), ZoneId: scopeOf(a)}
+	}
+	return &unix.SockaddrInet4{Port: int(ap.Port()), Addr: ap.Addr().As4()}
 }
 
 // kernelSocket is an AF_RDS socket.
@@ -176,13 +186,16 @@ func (s *kernelSocket) sendmsg(m stressMessage, mapping []byte) error {
 		if o.fence {
 			flags |= flagFence
 		}
+		if m.data == nil {
+			flags |= flagSilent // else it sends a datagram of nothing
+		}
 		d := make([]byte, 0, 56)
 		for _, v := range []uint64{uint64(o.remote), 0, uint64(o.segments * o.size), uint64(uintptr(unsafe.Pointer(&vec[0]))), uint64(o.segments), flags, o.token} {
 			d = ne.AppendUint64(d, v)
 		}
 		oob = appendCmsg(oob, cmsgRDMAArgs, d)
 	}
-	to := &unix.SockaddrInet4{Port: int(m.to.Port()), Addr: m.to.Addr().As4()}
+	to := kernelAddr(m.to)
 	var err error
 	if e := s.rc.Control(func(fd uintptr) {
 		for { // of signals that concern the program only
@@ -258,10 +271,35 @@ func (s *kernelSocket) receive(ctx context.Context, buf []byte) (n int, from net
 				s.mu.Unlock()
 			}
 		}
-		if sa, ok := sa.(*unix.SockaddrInet4); ok { // else there were notifications only
+		switch sa := sa.(type) { // without one there were notifications only
+		case *unix.SockaddrInet4:
 			return n, netip.AddrPortFrom(netip.AddrFrom4(sa.Addr), uint16(sa.Port)), cookie, nil
+		case *unix.SockaddrInet6:
+			return n, netip.AddrPortFrom(netip.AddrFrom16(sa.Addr), uint16(sa.Port)), cookie, nil
 		}
 	}
+}
+
+// cancel is RDS_CANCEL_SENT_TO, which takes a sockaddr.
+func (s *kernelSocket) cancel(to netip.AddrPort) (err error) {
+	ne := binary.NativeEndian
+	var sa []byte
+	if a := to.Addr(); a.Is6() {
+		v := a.As16()
+		sa = ne.AppendUint16(sa, unix.AF_INET6)
+		sa = binary.BigEndian.AppendUint16(sa, to.Port())
+		sa = append(append(sa, 0, 0, 0, 0), v[:]...) // no flow
+		sa = ne.AppendUint32(sa, scopeOf(a))
+	} else {
+		v := a.As4()
+		sa = ne.AppendUint16(sa, unix.AF_INET)
+		sa = binary.BigEndian.AppendUint16(sa, to.Port())
+		sa = append(append(sa, v[:]...), make([]byte, 8)...)
+	}
+	if e := s.rc.Control(func(fd uintptr) { err = unix.SetsockoptString(int(fd), solRDS, optCancelSent, string(sa)) }); e != nil {
+		return e
+	}
+	return os.NewSyscallError("RDS_CANCEL_SENT_TO", err)
 }
 
 func (s *kernelSocket) completion(ctx context.Context) (rds.Completion, error) {

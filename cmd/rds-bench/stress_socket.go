@@ -32,6 +32,8 @@ type stressSocket interface {
 	// register gives to's host a key to mem; sendMapped does, with a message that carries it.
 	register(ctx context.Context, to netip.AddrPort, mem []byte, once bool) (stressRegion, error)
 	sendMapped(ctx context.Context, m stressMessage, mem []byte, once bool) (stressRegion, error)
+	// cancel takes back what to has not acknowledged.
+	cancel(to netip.AddrPort) error
 	Close() error
 }
 
@@ -45,7 +47,7 @@ type stressRegion interface {
 // stressMessage is a datagram to send.
 type stressMessage struct {
 	to     netip.AddrPort
-	data   []byte
+	data   []byte     // nil: no datagram at all, an operation only
 	cookie rds.Cookie // memory of ours for the peer; 0: none
 	op     *stressOp  // nil: none
 }
@@ -89,7 +91,7 @@ type ownSocket struct{ *rds.Socket }
 func (m *stressMessage) own() rds.Message {
 	out := rds.Message{Peer: m.to, Data: m.data, Cookie: m.cookie}
 	if o := m.op; o != nil {
-		r := &rds.RDMA{Op: rds.RDMARead, Remote: o.remote, NoFence: !o.fence, Notify: true, Token: o.token}
+		r := &rds.RDMA{Op: rds.RDMARead, Remote: o.remote, NoFence: !o.fence, Silent: m.data == nil, Notify: true, Token: o.token}
 		if o.write {
 			r.Op = rds.RDMAWrite
 		}
@@ -138,4 +140,9 @@ func (s ownSocket) register(ctx context.Context, to netip.AddrPort, mem []byte, 
 
 func (s ownSocket) sendMapped(ctx context.Context, m stressMessage, mem []byte, once bool) (stressRegion, error) {
 	return region(s.SendMapped(ctx, m.own(), mem, rds.RegionOptions{UseOnce: once}))
+}
+
+func (s ownSocket) cancel(to netip.AddrPort) error {
+	_, err := s.Cancel(to)
+	return err
 }

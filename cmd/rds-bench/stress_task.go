@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math/bits"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -31,19 +33,20 @@ func (c *stressCounts) add(o stressCounts, sign uint64) {
 	c.RTT += time.Duration(sign) * o.RTT
 }
 
-// stressHistogram counts round trips by powers of two of microseconds; the last bucket has all above.
+// stressHistogram counts round trips by powers of two of microseconds: 2^i and more in bucket i. What is less than one is in the first, all above
+// in the last.
 type stressHistogram [16]uint64
 
 func (h *stressHistogram) add(d time.Duration) {
-	h[min(bits.Len64(uint64(d.Microseconds())), len(h)-1)]++
+	h[min(max(bits.Len64(uint64(d.Microseconds()))-1, 0), len(h)-1)]++
 }
 
 // stressTask is a child of rds-stress: one socket that talks to every task of the peer. rds-stress gives each a process; here a
 // goroutine reads, and whoever makes it possible to send does so (pump).
 type stressTask struct {
 	opt    *stressOptions
-	ctx    context.Context
-	active bool // may send requests
+	ctx    context.Context // of the test
+	active bool            // may send requests
 	sock   stressSocket
 	fail   func(error)
 	wg     *sync.WaitGroup
@@ -57,6 +60,8 @@ type stressTask struct {
 
 	outlier func(to netip.AddrPort, rtt time.Duration) // nil: nobody wants to know
 
+	sending  context.Context // until nothing more is to be sent; waits for room and for ports end with it
+	silence  context.CancelFunc
 	stopping atomic.Bool
 }
 
@@ -76,15 +81,18 @@ type stressPeer struct {
 
 // stressSlot is an exchange in progress, one of depth in each direction.
 type stressSlot struct {
-	sent time.Time    // our request
-	ack  stressHeader // to the peer's request
+	sent  time.Time    // our request
+	asked stressHeader // of the peer, with it
+	ack   stressHeader // to the peer's request
+	alone bool         // a READ goes before that ack, by itself: the ack is not sent before it is complete
 
 	region   stressRegion // what the peer reads from or writes to, nil unless mapped
 	remote   []byte       // its memory
 	used     bool         // the peer was done with it before we knew that it is mapped
 	local    stressRegion // what our operations read into or write from
 	inflight bool         // an operation uses local
-	op       stressHeader // the ack it goes with
+	first    bool         // it is the READ that goes alone
+	op       stressHeader // the ack it goes with, or before
 }
 
 // rdmaAfter is how many messages go before the first operation.
@@ -92,15 +100,17 @@ const rdmaAfter = 10
 
 func newStressTask(ctx context.Context, host stressHost, opt *stressOptions, nr int, active bool, wg *sync.WaitGroup, fail func(error)) (*stressTask, error) {
 	t := &stressTask{opt: opt, ctx: ctx, active: active || !opt.OneWay, wg: wg, fail: fail, buf: make([]byte, max(opt.ReqSize, opt.AckSize))}
+	t.sending, t.silence = context.WithCancel(ctx)
 	size := int(opt.Tasks) * int(opt.Depth) * int(opt.ReqSize+opt.AckSize) * 2
 	sock, err := host.listen(ctx, netip.AddrPortFrom(opt.RecvAddr, opt.Port+1+uint16(nr)), max(size, int(opt.ReqSize), int(opt.AckSize)), size, opt.TOS)
 	if err != nil {
+		t.silence()
 		return nil, err
 	}
 	t.sock = sock
 	if opt.Verify {
-		t.want = stressPattern(len(t.buf) - stressHdrLen)
-		copy(t.buf[stressHdrLen:], t.want)
+		t.want = stressPattern(len(t.buf) - opt.headerLen())
+		copy(t.buf[opt.headerLen():], t.want)
 	}
 	for i := range opt.Tasks {
 		p := &stressPeer{t: t, addr: netip.AddrPortFrom(opt.SendAddr, opt.Port+1+i), slots: make([]stressSlot, opt.Depth), nextOp: stressRDMAWrite}
@@ -116,7 +126,7 @@ func newStressTask(ctx context.Context, host stressHost, opt *stressOptions, nr 
 			mem := make([]byte, 2*(n+int(opt.Alignment)))
 			p.slots[s].remote = mem[opt.Alignment:][:n]
 			if p.slots[s].local, err = sock.local(ctx, mem[n+2*int(opt.Alignment):][:n]); err != nil {
-				return nil, errors.Join(err, sock.Close())
+				return nil, errors.Join(err, t.stop())
 			}
 		}
 	}
@@ -144,9 +154,29 @@ func (t *stressTask) check(err error) bool {
 	return err == nil
 }
 
+// quiet has the task send nothing more. It still takes what the peers have sent, who do not stop at the same instant.
+func (t *stressTask) quiet() {
+	t.stopping.Store(true)
+	t.silence()
+	t.mu.Lock() // whoever is sending has seen it
+	defer t.mu.Unlock()
+}
+
+// cancel takes back what the peers have not acknowledged, and says how long that took.
+func (t *stressTask) cancel(nr int, w io.Writer) error {
+	for _, p := range t.peers {
+		begin := time.Now()
+		if err := t.sock.cancel(p.addr); err != nil {
+			return err
+		}
+		fmt.Fprintf(w, "RDS_CANCEL_SENT_TO(%v)[%d] took %d msec\n", p.addr, nr, time.Since(begin).Milliseconds())
+	}
+	return nil
+}
+
 // stop ends the task. What is on its way stays so.
 func (t *stressTask) stop() error {
-	t.stopping.Store(true)
+	t.quiet()
 	return t.sock.Close()
 }
 
@@ -156,97 +186,109 @@ func (t *stressTask) snapshot() stressCounts {
 	return t.counts
 }
 
-// pumpLocked sends to p what may be sent: acks before requests. A message that has to wait is sent by a goroutine
+// pumpLocked sends to p what may be sent: READs that go alone, then acks, then requests. A message that has to wait is sent by a goroutine
 // that waits with it, so that one congested peer holds up none of the others.
 func (p *stressPeer) pumpLocked() {
 	t := p.t
+	for i := p.unacked; i > 0 && !p.busy && !t.stopping.Load(); i-- {
+		if s := &p.slots[p.oldest(p.recvIndex, i)]; s.alone && !s.inflight {
+			p.offerLocked(stressMessage{to: p.addr, op: p.operation(s)}, t.sock.try, t.sock.send, func() {}, nil)
+		}
+	}
 	for !p.busy && !t.stopping.Load() {
 		switch {
 		case p.unacked > 0:
-			slot := (int(p.recvIndex) - p.unacked + len(p.slots)) % len(p.slots)
+			slot := p.oldest(p.recvIndex, p.unacked)
 			s := &p.slots[slot]
-			if s.ack.RDMAOp != 0 && s.inflight {
+			if s.alone || s.ack.RDMAOp != 0 && s.inflight {
 				return // until its completion is there
 			}
-			if !p.sendLocked(stressAck, slot) {
-				return
-			}
+			p.sendLocked(stressAck, slot)
 		case t.active && p.pending < len(p.slots):
-			if !p.sendLocked(stressReq, int(p.sendIndex)) {
-				return
-			}
+			p.sendLocked(stressReq, int(p.sendIndex))
 		default:
 			return
 		}
 	}
 }
 
-// sendLocked sends the ack or request of slot, or leaves that to a goroutine and reports false.
-func (p *stressPeer) sendLocked(op uint8, slot int) bool {
+// oldest is the slot of the first of n exchanges of which the last was in the slot before next.
+func (p *stressPeer) oldest(next uint16, n int) int {
+	return (int(next) - n + len(p.slots)) % len(p.slots)
+}
+
+// sendLocked sends the ack or request of slot.
+func (p *stressPeer) sendLocked(op uint8, slot int) {
 	t := p.t
 	o := t.opt
 	s := &p.slots[slot]
 	h := stressHeader{Op: op, Index: uint16(slot)}
 	size := o.ReqSize
-	mapped := false
 	if op == stressAck {
 		h, size = s.ack, o.AckSize
 	} else if o.RDMASize > 0 && p.sendSeq > rdmaAfter {
-		mapped = true
 		p.request(&h, s)
 	}
-	h.Seq, h.From, h.To = p.sendSeq, t.sock.AddrPort(), p.addr
+	h.Seq, h.From, h.To = p.sendSeq, bare(t.sock.AddrPort()), bare(p.addr)
 	h.put(t.buf)
 	m := stressMessage{to: p.addr, data: t.buf[:size]}
-	if op == stressAck && h.RDMAOp != 0 {
+	try, wait := t.sock.try, t.sock.send
+	switch {
+	case h.RDMAOp == 0:
+	case op == stressAck:
 		m.op = p.operation(s)
-	}
-	if mapped && s.region != nil { // the key is known: it travels in the header, and as the kernel's extension
+	case s.region != nil: // the key is known: it travels in the header, and as the kernel's extension
 		m.cookie = s.region.Cookie()
+	default:
+		try, wait = nil, func(ctx context.Context, m stressMessage) error { return p.sendMapped(ctx, m, s) }
 	}
-	begin := time.Now()
+	var spent *time.Duration
 	if op == stressReq {
-		s.sent = begin
+		s.asked, s.sent, spent = h, time.Now(), &t.counts.SendTime
 	}
-	if !mapped || s.region != nil {
-		err := t.sock.try(m)
+	p.offerLocked(m, try, wait, func() { p.sentLocked(op, slot, int(size)) }, spent)
+}
+
+// offerLocked sends m by try, which does not wait, or else, and if try is nil, leaves it to a goroutine that does it by wait; p is busy until then.
+// A message that has to wait counts as sent already, since its answer may be faster than we are to say so: sent is called before offerLocked
+// returns. The time it takes is added to spent, unless that is nil.
+func (p *stressPeer) offerLocked(m stressMessage, try func(stressMessage) error, wait func(context.Context, stressMessage) error, sent func(), spent *time.Duration) {
+	t := p.t
+	begin := time.Now()
+	took := func() {
+		if spent != nil {
+			*spent += time.Since(begin)
+		}
+	}
+	if try != nil {
+		err := try(m)
 		if err == nil {
-			p.sentLocked(op, slot, int(size), time.Since(begin))
-			return true
+			took()
+			sent()
+			return
 		}
 		if !errors.Is(err, rds.ErrCongested) && !errors.Is(err, rds.ErrNoBufferSpace) {
-			t.check(err)
-			return false
+			p.busy = !t.check(err) // for good
+			return
 		}
 	}
-	// It has to wait: for the peer, or for its memory to be mapped. It counts as sent already, since its answer may be faster
-	// than we are to say so.
 	p.busy = true
-	p.sentLocked(op, slot, int(size), 0)
-	m.data = append([]byte(nil), m.data...)
+	sent()
+	m.data = slices.Clone(m.data)
 	t.wg.Go(func() {
-		var err error
-		if mapped && s.region == nil {
-			err = p.sendMapped(m, s)
-		} else {
-			err = t.sock.send(t.ctx, m)
-		}
-		if !t.check(err) {
+		if !t.check(wait(t.sending, m)) {
 			return
 		}
 		t.mu.Lock()
 		defer t.mu.Unlock()
 		p.busy = false
-		if op == stressReq {
-			t.counts.SendTime += time.Since(begin)
-		}
+		took()
 		p.pumpLocked()
 	})
-	return false
 }
 
 // sentLocked accounts for a message that was sent.
-func (p *stressPeer) sentLocked(op uint8, slot, size int, took time.Duration) {
+func (p *stressPeer) sentLocked(op uint8, slot, size int) {
 	c := &p.t.counts
 	p.sendSeq++
 	if op == stressAck {
@@ -259,7 +301,6 @@ func (p *stressPeer) sentLocked(op uint8, slot, size int, took time.Duration) {
 	p.pending++
 	c.ReqTx++
 	c.ReqTxBytes += uint64(size)
-	c.SendTime += took
 }
 
 // request asks the peer to read or write our memory in its reply.
@@ -288,18 +329,18 @@ func (p *stressPeer) request(h *stressHeader, s *stressSlot) {
 }
 
 // sendMapped maps the slot's memory and sends m with its cookie.
-func (p *stressPeer) sendMapped(m stressMessage, s *stressSlot) error {
+func (p *stressPeer) sendMapped(ctx context.Context, m stressMessage, s *stressSlot) error {
 	t := p.t
 	var r stressRegion
 	var err error
 	if t.opt.UseGetMR {
-		if r, err = t.sock.register(t.ctx, m.to, s.remote, t.opt.UseOnce); err != nil {
+		if r, err = t.sock.register(ctx, m.to, s.remote, t.opt.UseOnce); err != nil {
 			return err
 		}
 		m.cookie = r.Cookie()
-		err = t.sock.send(t.ctx, m)
+		err = t.sock.send(ctx, m)
 	} else {
-		r, err = t.sock.sendMapped(t.ctx, m, s.remote, t.opt.UseOnce)
+		r, err = t.sock.sendMapped(ctx, m, s.remote, t.opt.UseOnce)
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -314,10 +355,10 @@ func (p *stressPeer) sendMapped(m stressMessage, s *stressSlot) error {
 	return nil
 }
 
-// operation is what the request asked for that an ack answers.
+// operation is what the request asked for that an ack answers. A READ is fenced if the ack goes with it.
 func (p *stressPeer) operation(s *stressSlot) *stressOp {
 	h := &s.ack
-	op := &stressOp{write: h.RDMAOp == stressRDMAWrite, remote: rds.Cookie(h.RDMAKey), local: s.local, segments: int(h.RDMASegment), size: int(h.RDMASize), fence: p.t.opt.UseFence}
+	op := &stressOp{write: h.RDMAOp == stressRDMAWrite, remote: rds.Cookie(h.RDMAKey), local: s.local, segments: int(h.RDMASegment), size: int(h.RDMASize), fence: !s.alone}
 	if op.write && p.t.opt.Verify {
 		fillRDMA(s.local.Bytes(), h.Pattern)
 	}
@@ -326,7 +367,7 @@ func (p *stressPeer) operation(s *stressSlot) *stressOp {
 			op.token = uint64(i)<<32 | uint64(h.Index)
 		}
 	}
-	s.inflight, s.op = true, *h
+	s.inflight, s.first, s.op = true, s.alone, *h
 	return op
 }
 
@@ -345,7 +386,7 @@ func (t *stressTask) readCompletions() {
 			return
 		}
 		if read && t.opt.Verify {
-			if !t.check(checkRDMA(s.local.Bytes(), s.op.Pattern)) {
+			if !t.check(checkRDMA(s.local.Bytes(), int(t.opt.RDMASize), s.op.Pattern)) {
 				return
 			}
 		}
@@ -356,7 +397,9 @@ func (t *stressTask) readCompletions() {
 		} else {
 			t.counts.MbusOut += n
 		}
-		s.inflight = false
+		if s.inflight = false; s.first {
+			s.alone, s.first, s.ack.RDMAOp = false, false, 0 // the ack that goes now has nothing to execute
+		}
 		p.pumpLocked()
 		t.mu.Unlock()
 	}
@@ -382,19 +425,25 @@ func (t *stressTask) read() {
 }
 
 func (t *stressTask) received(b []byte, from netip.AddrPort, cookie rds.Cookie) error {
-	h, err := parseStressHeader(b)
+	i := int(from.Port()) - int(t.opt.Port) - 1
+	if i < 0 || i >= len(t.peers) || bare(t.peers[i].addr) != bare(from) {
+		return fmt.Errorf("a datagram from %v, which is no task", from)
+	}
+	if len(b) == 0 {
+		return nil // what a kernel sends with a READ that goes alone
+	}
+	h, err := parseStressHeader(b, t.opt.six())
 	if err != nil {
 		return fmt.Errorf("%w from %v", err, from)
-	}
-	i := int(from.Port()) - int(t.opt.Port) - 1
-	if i < 0 || i >= len(t.peers) || t.peers[i].addr != from {
-		return fmt.Errorf("a datagram from %v, which is no task", from)
 	}
 	p := t.peers[i]
 	now := time.Now()
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	want := stressHeader{Seq: p.recvSeq, From: from, To: t.sock.AddrPort(), Index: p.recvIndex, Op: h.Op}
+	if h.Retry != 0 && h.Seq < p.recvSeq {
+		return nil // an asynchronous sender did not know that it had arrived
+	}
+	want := stressHeader{Seq: p.recvSeq, From: bare(from), To: bare(t.sock.AddrPort()), Index: p.recvIndex, Op: h.Op}
 	size := t.opt.ReqSize
 	switch h.Op {
 	case stressReq:
@@ -406,7 +455,7 @@ func (t *stressTask) received(b []byte, from netip.AddrPort, cookie rds.Cookie) 
 		if p.pending == 0 {
 			return fmt.Errorf("an ack of %v for nothing", from)
 		}
-		want.Index = uint16((int(p.sendIndex) - p.pending + len(p.slots)) % len(p.slots))
+		want.Index = uint16(p.oldest(p.sendIndex, p.pending))
 	default:
 		return fmt.Errorf("operation %d from %v", h.Op, from)
 	}
@@ -414,10 +463,10 @@ func (t *stressTask) received(b []byte, from netip.AddrPort, cookie rds.Cookie) 
 		return fmt.Errorf("header from %v is bogus: seq %d, from %v to %v, index %d, %d bytes; expected seq %d, from %v to %v, index %d, %d bytes",
 			from, h.Seq, h.From, h.To, h.Index, len(b), want.Seq, want.From, want.To, want.Index, size)
 	}
-	if t.want != nil {
-		for k, c := range b[stressHdrLen:] {
+	if header := t.opt.headerLen(); t.want != nil {
+		for k, c := range b[header:] {
 			if c != t.want[k] {
-				return fmt.Errorf("datagram %d from %v: byte %d is %#x, not %#x", h.Seq, from, stressHdrLen+k, c, t.want[k])
+				return fmt.Errorf("datagram %d from %v: byte %d is %#x, not %#x", h.Seq, from, header+k, c, t.want[k])
 			}
 		}
 	}
@@ -433,8 +482,12 @@ func (t *stressTask) received(b []byte, from netip.AddrPort, cookie rds.Cookie) 
 		if t.outlier != nil {
 			t.outlier(from, rtt)
 		}
-		if h.RDMAOp != 0 {
-			if err := p.answered(&h, s); err != nil {
+		// By the key, not by the operation: that is 0 when a READ has gone before the ack.
+		if (h.RDMAKey != 0) != (s.asked.RDMAOp != 0) {
+			return fmt.Errorf("ack %d of %v: RDMA with key %#x, and operation %d was asked for", h.Seq, from, h.RDMAKey, s.asked.RDMAOp)
+		}
+		if h.RDMAKey != 0 {
+			if err := p.answered(s); err != nil {
 				return err
 			}
 		}
@@ -445,7 +498,7 @@ func (t *stressTask) received(b []byte, from netip.AddrPort, cookie rds.Cookie) 
 	t.counts.ReqRxBytes += uint64(len(b))
 	s.ack = stressHeader{Op: stressAck, Index: want.Index}
 	if h.RDMAOp != 0 {
-		if h.RDMAKey == 0 {
+		if cookie != 0 {
 			h.RDMAKey = uint64(cookie)
 		}
 		if h.RDMAOp > stressRDMAWrite || h.RDMAKey == 0 || h.RDMASize != t.opt.RDMASize || h.RDMASegment != t.opt.Segments {
@@ -453,6 +506,8 @@ func (t *stressTask) received(b []byte, from netip.AddrPort, cookie rds.Cookie) 
 		}
 		s.ack.RDMAOp, s.ack.RDMAAddr, s.ack.Pattern, s.ack.RDMAKey = h.RDMAOp, h.RDMAAddr, h.Pattern, h.RDMAKey
 		s.ack.RDMASize, s.ack.RDMASegment = h.RDMASize, h.RDMASegment
+		// Without a fence the ack could overtake the READ, whose memory the peer would take back too early.
+		s.alone = h.RDMAOp == stressRDMARead && !t.opt.UseFence
 	}
 	p.unacked++
 	p.recvIndex = uint16((int(want.Index) + 1) % len(p.slots))
@@ -461,13 +516,13 @@ func (t *stressTask) received(b []byte, from netip.AddrPort, cookie rds.Cookie) 
 }
 
 // answered takes the reply to a request with an operation: the peer has read or written our memory.
-func (p *stressPeer) answered(h *stressHeader, s *stressSlot) error {
+func (p *stressPeer) answered(s *stressSlot) error {
 	t := p.t
 	n := uint64(t.opt.RDMASize) * uint64(t.opt.Segments)
-	if h.RDMAOp == stressRDMAWrite {
+	if s.asked.RDMAOp == stressRDMAWrite {
 		t.counts.MbusIn += n
 		if t.opt.Verify {
-			if err := checkRDMA(s.remote, h.Pattern); err != nil {
+			if err := checkRDMA(s.remote, int(t.opt.RDMASize), s.asked.Pattern); err != nil {
 				return fmt.Errorf("%w, written by %v", err, p.addr)
 			}
 		}
