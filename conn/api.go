@@ -219,12 +219,14 @@ type Config struct {
 
 	Seed uint64 // of random delays; 0: random
 
-	BackoffMin     time.Duration // 1 ms: first delay after a failed attempt (upper limit of the random delay)
-	BackoffMax     time.Duration // 1 s
+	// BackoffMin is the first delay after a failed attempt (upper limit of the random delay), which then doubles up to BackoffMax
+	// (net.rds.reconnect_min_delay_ms, net.rds.reconnect_max_delay_ms): 1 ms and 1 s.
+	BackoffMin, BackoffMax time.Duration
+
 	ConnectTimeout time.Duration // 2 s: of one attempt
 	DrainTimeout   time.Duration // 5 s: for the completions of a QP in ERR; passing it is a provider's bug
 	DeadAfter      time.Duration // 10 s without a sign of life: PeerDown
-	HeartbeatIdle  time.Duration // 3 s without traffic: a ping; negative: never
+	HeartbeatIdle  time.Duration // a quarter of DeadAfter, and at most that, without traffic: a ping; negative: never
 	AckDelay       time.Duration // 10 ms: acknowledge what did not ask for it
 
 	// IdleTimeout is after how long without a message a connection that only its peer has asked for is given up when it is down, or room is
@@ -234,8 +236,8 @@ type Config struct {
 	MaxConns         int // 65536 connections
 	MaxConnsPerPeer  int // 64 that a pair of hosts has only because the peer asked, one per type of service
 	MaxQueuedPerConn int // 1 << 20 messages unacknowledged
-	SendRing         int // 64 SENDs in flight per connection between two of ours, at most 256
-	KernelSendRing   int // 256 SENDs in flight per connection towards a kernel, at most 1024
+	SendRing         int // 64 SENDs in flight per connection between two of ours, at most 256 (net.rds.ib.max_send_wr)
+	KernelSendRing   int // 256 SENDs in flight per connection towards a kernel, at most 1024 (net.rds.ib.max_send_wr)
 
 	// SendMemory bounds the slab memory of all send queues in bytes; 0: half of slab.DefaultMaxBytes. With
 	// ibdev.Config.RecvMemory it must leave something of the Slab's bound: an eighth is good.

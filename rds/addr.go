@@ -5,7 +5,9 @@ import (
 	"net"
 	"net/netip"
 	"strconv"
+	"strings"
 	"syscall"
+	"unicode/utf8"
 )
 
 // Network is what [Addr.Network] says.
@@ -37,6 +39,9 @@ func ParseAddr(s string) (Addr, error) {
 	if err != nil {
 		return Addr{}, err
 	}
+	if z := ap.Addr().Zone(); strings.ContainsAny(z, "[]") || !utf8.ValidString(z) { // netip lets it pass; as text it would not come back
+		return Addr{}, fmt.Errorf("%w: zone %q", ErrInvalid, z)
+	}
 	return AddrFromAddrPort(ap), nil
 }
 
@@ -58,16 +63,21 @@ func (a Addr) IsValid() bool { return a.ap.IsValid() }
 // Network is "rds".
 func (a Addr) Network() string { return Network }
 
-// String is "10.0.0.1:4000", or "" for the zero Addr.
+// String is host:port, always: "10.0.0.1:4000", "[fe80::1%eth0]:4000", and ":0" for the zero Addr, as of a zero net.UDPAddr.
 func (a Addr) String() string {
 	if !a.IsValid() {
-		return ""
+		return ":0"
 	}
 	return a.ap.String()
 }
 
-// MarshalText is String's text.
-func (a Addr) MarshalText() ([]byte, error) { return []byte(a.String()), nil }
+// MarshalText is String's text, and empty for the zero Addr.
+func (a Addr) MarshalText() ([]byte, error) {
+	if !a.IsValid() {
+		return nil, nil
+	}
+	return a.ap.MarshalText()
+}
 
 // UnmarshalText is the inverse of MarshalText.
 func (a *Addr) UnmarshalText(text []byte) error {

@@ -3,6 +3,7 @@ package rds
 import (
 	"context"
 	"errors"
+	"net"
 	"testing"
 
 	"github.com/openrds/openrds/internal/invariants"
@@ -103,6 +104,49 @@ func TestNoAllocs(t *testing.T) {
 		}
 		if _, _, err := s.TryReadFromAddrPort(p); !errors.Is(err, ErrWouldBlock) {
 			t.Fatal(err)
+		}
+	})
+	wantNoAllocs(t, "TryWriteToAddrPort", 1, 10, func() {
+		if _, err := s.TryWriteToAddrPort(p, to); err != nil {
+			t.Fatal(err)
+		}
+	})
+	wantNoAllocs(t, "TrySend", 1, 10, func() {
+		if err := s.TrySend(Message{Peer: to, Data: p}); err != nil {
+			t.Fatal(err)
+		}
+	})
+	if err := s.ConnectAddrPort(to); err != nil {
+		t.Fatal(err)
+	}
+	wantNoAllocs(t, "Write", 1, 10, func() {
+		if _, err := s.Write(p); err != nil {
+			t.Fatal(err)
+		}
+	})
+	var toAddr net.Addr = AddrFromAddrPort(to)
+	wantNoAllocs(t, "WriteTo", 1, 10, func() {
+		if _, err := s.WriteTo(p, toAddr); err != nil {
+			t.Fatal(err)
+		}
+	})
+	wantNoAllocs(t, "TryReceive", 2, 10, func() {
+		svc.deliver(peer, 0, ms[:1], maxInt64)
+		m, err := s.TryReceive()
+		if err != nil {
+			t.Fatal(err)
+		}
+		m.Release()
+		if _, err := s.TryReceive(); !errors.Is(err, ErrWouldBlock) {
+			t.Fatal(err)
+		}
+	})
+	wantNoAllocs(t, "ReadMsg", 2, 10, func() {
+		svc.deliver(peer, 0, ms[:1], maxInt64)
+		for _, f := range []Flags{MsgPeek, 0} {
+			if _, _, _, err := s.ReadMsg(p, f); err != nil {
+				t.Fatal(err)
+			}
 		}
 	})
 	if err := s.SetTimestamps(true); err != nil {

@@ -11,12 +11,12 @@ import (
 type Flags uint32
 
 const (
-	// MsgPeek leaves the datagram in the queue.
+	// MsgPeek leaves the datagram in the queue (MSG_PEEK).
 	MsgPeek Flags = 0x2
 	// MsgTrunc in a result says that the datagram was longer than the buffer, and the rest is gone. In a call it asks for
-	// the datagram's length, whatever the buffer's, and says that no error is needed.
+	// the datagram's length, whatever the buffer's, and says that no error is needed (MSG_TRUNC).
 	MsgTrunc Flags = 0x20
-	// MsgDontWait never waits: the error matches ErrWouldBlock, or what a TrySend's does.
+	// MsgDontWait never waits (MSG_DONTWAIT): the error matches ErrWouldBlock, or what a TrySend's does.
 	MsgDontWait Flags = 0x40
 )
 
@@ -52,7 +52,7 @@ func (s *Socket) ReadMsg(p []byte, flags Flags) (n int, from netip.AddrPort, out
 	return n, from, out, nil
 }
 
-// TryReadFromAddrPort is ReadFromAddrPort that never waits: the error matches ErrWouldBlock if there is nothing to read. That
+// TryReadFromAddrPort is ReadFromAddrPort that never waits (MSG_DONTWAIT): the error matches ErrWouldBlock if there is nothing to read. That
 // error too costs no allocation.
 func (s *Socket) TryReadFromAddrPort(p []byte) (int, netip.AddrPort, error) {
 	n, from, _, err := s.ReadMsg(p, MsgDontWait)

@@ -71,7 +71,8 @@ type Config struct {
 	// receive buffer is always allowed.
 	MaxSocketBytes int
 
-	// MaxSlabBytes bounds the memory that is sent from and received into, of all connections together. Zero: 1 GiB.
+	// MaxSlabBytes bounds the memory that is sent from and received into, of all connections together, three eighths of it for
+	// what is received (net.rds.ib.max_recv_allocation). Zero: 1 GiB.
 	MaxSlabBytes int64
 
 	// MemoryPools bounds the regions of each device, those of up to three pages and larger ones, by number and by bytes pinned.

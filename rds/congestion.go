@@ -346,7 +346,7 @@ func (s *Socket) ReadCongestion(ctx context.Context) (mask uint64, err error) {
 	return mask, nil
 }
 
-// TryReadCongestion is ReadCongestion that never waits: 0 if there is nothing.
+// TryReadCongestion is ReadCongestion that never waits (MSG_DONTWAIT): 0 if there is nothing.
 func (s *Socket) TryReadCongestion() (mask uint64) {
 	mask = s.mon.take()
 	s.settle(true)

@@ -15,21 +15,21 @@ type Message struct {
 	// Data is the payload to send; nobody keeps it after Send has returned. In a received message
 	// it is set if the payload arrived in one piece; Bytes works always.
 	Data []byte
-	// TypeOfService is the connection that a message takes, or took; 0 in one to send is the socket's.
+	// TypeOfService is the connection that a message takes, or took; 0 in one to send is the socket's (SIOCRDSSETTOS).
 	TypeOfService uint8
-	// RDMA is an operation to execute before the datagram; nil: none.
+	// RDMA is an operation to execute before the datagram (RDS_CMSG_RDMA_ARGS); nil: none.
 	RDMA *RDMA
 	// Buffer has the payload, in the place of Data (Socket.Alloc). It is the caller's again if Send fails.
 	Buffer *SendBuf
 	// Notify asks for a Completion with Token when the peer has acknowledged the message, or it was cancelled. It is to Send
-	// what a zero-copy completion (RDS_CMSG_ZCOPY_COMPLETION) is to the kernel's sendmsg.
+	// what a zero-copy completion (RDS_CMSG_ZCOPY_COMPLETION) is to the kernel's sendmsg, and Token what RDS_CMSG_ZCOPY_COOKIE is.
 	Notify bool
 	Token  uint64
 	// Cookie names a region of the sender's that the datagram hands out (RDS_CMSG_RDMA_DEST): of the sending socket's,
 	// or, in a received message, the peer's. 0: none.
 	Cookie Cookie
 
-	// Time is when a received message was queued at the socket (SO_TIMESTAMP); zero unless SetTimestamps is on.
+	// Time is when a received message was queued at the socket (SO_TIMESTAMP, SCM_TIMESTAMP); zero unless SetTimestamps is on.
 	Time time.Time
 	// Latency is what became of the time until then, and since (RDS_CMSG_RXPATH_LATENCY); zero unless SetReceiveLatency is on.
 	Latency ReceiveLatency

@@ -195,7 +195,7 @@ func (s *Socket) ReadCompletion(ctx context.Context) (Completion, error) {
 	return what, nil
 }
 
-// TryReadCompletion is ReadCompletion that never waits: it reports false if there is none.
+// TryReadCompletion is ReadCompletion that never waits (MSG_DONTWAIT): it reports false if there is none.
 func (s *Socket) TryReadCompletion() (Completion, bool) {
 	what, ok := s.comp.take()
 	s.settle(false)

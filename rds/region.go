@@ -124,7 +124,7 @@ func (s *Socket) SendMapped(ctx context.Context, m Message, mem []byte, opt Regi
 	return s.sendMapped(ctx, m, mem, opt, true)
 }
 
-// TrySendMapped is SendMapped that never waits: if there is no connection the error matches ErrNotReady, and it is being
+// TrySendMapped is SendMapped that never waits (MSG_DONTWAIT, RDS_RDMA_DONTWAIT): if there is no connection the error matches ErrNotReady, and it is being
 // connected.
 func (s *Socket) TrySendMapped(m Message, mem []byte, opt RegionOptions) (*Region, error) {
 	return s.sendMapped(context.Background(), m, mem, opt, false)

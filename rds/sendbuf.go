@@ -20,6 +20,8 @@ import (
 //	... b.Buffers(), or b.Write ...
 //	err = s.Send(ctx, rds.Message{Peer: addr, Buffer: b})
 //
+// It is in the place of the kernel's MSG_ZEROCOPY (SO_ZEROCOPY), which sends from the application's own memory, over TCP only.
+//
 // It belongs to the caller until a Send has taken it, or Free; after that it has no memory. It outlives its socket, not its
 // Service. Not safe for concurrent use.
 type SendBuf struct {

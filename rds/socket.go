@@ -109,10 +109,10 @@ func (s *Socket) Service() *Service { return s.svc }
 // AddrPort is Addr as a netip value.
 func (s *Socket) AddrPort() netip.AddrPort { return netip.AddrPortFrom(s.la.addr, s.port) }
 
-// LocalAddr is Addr as a net.Addr.
+// LocalAddr is Addr as a net.Addr (getsockname).
 func (s *Socket) LocalAddr() net.Addr { return s.Addr() }
 
-// RemoteAddr is the default destination, nil if there is none.
+// RemoteAddr is the default destination, nil if there is none (getpeername, ENOTCONN).
 func (s *Socket) RemoteAddr() net.Addr {
 	if d := s.dflt.Load(); d != nil {
 		return Addr{d.ap}
@@ -124,7 +124,7 @@ func (s *Socket) opError(op string, peer netip.AddrPort, err error) error {
 	return &OpError{Op: op, Local: s.Addr(), Peer: Addr{peer}, Err: err}
 }
 
-// Connect makes addr the destination of Write and of messages without one. Nothing is sent, and what is received
+// Connect makes addr the destination of Write and of messages without one, as connect(2) does. Nothing is sent, and what is received
 // does not change. It may be called again, but not undone (rds-protocol spec 1.3).
 func (s *Socket) Connect(addr net.Addr) error {
 	ap, err := toAddrPort(addr)
@@ -160,7 +160,7 @@ func (s *Socket) SetDeadline(t time.Time) error {
 }
 
 // SetReadDeadline is the time from which on reads fail with an error that matches os.ErrDeadlineExceeded; zero is
-// never. Blocked reads too; it can be moved at any time.
+// never. Blocked reads too; it can be moved at any time. The kernel has SO_RCVTIMEO.
 func (s *Socket) SetReadDeadline(t time.Time) error {
 	if s.closed.Load() {
 		return s.opError("set", netip.AddrPort{}, ErrClosed)
@@ -169,7 +169,8 @@ func (s *Socket) SetReadDeadline(t time.Time) error {
 	return nil
 }
 
-// SetWriteDeadline is the same for writes. The error also matches what the write waited for.
+// SetWriteDeadline is the same for writes (SO_SNDTIMEO). The error also matches what the write waited for, which may be a congested
+// destination: the kernel's wait for that has no timeout.
 func (s *Socket) SetWriteDeadline(t time.Time) error {
 	if s.closed.Load() {
 		return s.opError("set", netip.AddrPort{}, ErrClosed)
@@ -178,7 +179,7 @@ func (s *Socket) SetWriteDeadline(t time.Time) error {
 	return nil
 }
 
-// SetReadBuffer sets the receive buffer in payload bytes. It is a soft limit: with more queued than that the port is
+// SetReadBuffer sets the receive buffer in payload bytes (SO_RCVBUF). It is a soft limit: with more queued than that the port is
 // congested, and its senders wait until there is less than half of it (rds-protocol spec 2.7).
 func (s *Socket) SetReadBuffer(bytes int) error {
 	if err := s.checkBuffer(bytes); err != nil {
@@ -196,7 +197,7 @@ func (s *Socket) setReadBuffer(bytes int) {
 	s.q.pinLimit.Store(2*int64(bytes) + MaxMessageSize)
 }
 
-// SetWriteBuffer sets the send buffer in payload bytes: a write waits while at least as many are
+// SetWriteBuffer sets the send buffer in payload bytes (SO_SNDBUF): a write waits while at least as many are
 // unacknowledged. No message is larger than it (rds-protocol spec 1.4).
 func (s *Socket) SetWriteBuffer(bytes int) error {
 	if err := s.checkBuffer(bytes); err != nil {

@@ -3,12 +3,15 @@ package rds
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/netip"
 	"os"
+	"runtime"
+	"strconv"
 	"sync"
 	"syscall"
 	"testing"
@@ -879,12 +882,92 @@ func TestAddr(t *testing.T) {
 	if err := b.UnmarshalText([]byte("x")); err == nil || b != a {
 		t.Errorf("nonsense: %v, %v", b, err)
 	}
-	if (Addr{}).IsValid() || (Addr{}).String() != "" {
+	if (Addr{}).IsValid() || (Addr{}).String() != ":0" {
 		t.Error("the zero Addr is an address")
+	}
+	if text, err := (Addr{}).MarshalText(); len(text) != 0 || err != nil || b.UnmarshalText(text) != nil || b != (Addr{}) {
+		t.Errorf("the zero Addr as text: %q, %v, and back: %v", text, err, b)
 	}
 	if _, err := toAddrPort(&net.UnixAddr{}); !errors.Is(err, ErrInvalid) {
 		t.Errorf("a unix address: %v", err)
 	}
+}
+
+// FuzzAddr: whatever is an address is one value in one form, which is host:port, and text, JSON and netip bring it back.
+func FuzzAddr(f *testing.F) {
+	for _, s := range []string{"10.0.0.1:4000", "[::ffff:10.0.0.1]:4000", "[fd00::1]:0", "[fe80::1%eth0]:65535", "[fe80::1%1]:1", "[fd00::1%x]:1", "[::ffff:1.2.3.4%x]:1", "[fe80::1%a]:2]:3", "[fe80::1%\xff]:1", ":0", "1.2.3.4:", "host:1"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		a, err := ParseAddr(s)
+		if err != nil {
+			if a != (Addr{}) {
+				t.Fatalf("%q is no address, and is %v", s, a)
+			}
+			return
+		}
+		host, port, err := net.SplitHostPort(a.String())
+		if ap := a.AddrPort(); err != nil || host != ap.Addr().String() || port != strconv.Itoa(int(ap.Port())) || ap.Addr().Is4In6() {
+			t.Fatalf("%q is %v: host %q, port %q, %v", s, a, host, port, err)
+		}
+		if b, err := ParseAddr(a.String()); err != nil || b != a {
+			t.Fatalf("%q is %v, which is %v, %v", s, a, b, err)
+		}
+		if b := AddrFromAddrPort(a.AddrPort()); b != a {
+			t.Fatalf("%v is %v", a, b)
+		}
+		text, err := json.Marshal(map[Addr]Addr{a: a})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var back map[Addr]Addr
+		if err := json.Unmarshal(text, &back); err != nil || len(back) != 1 || back[a] != a {
+			t.Fatalf("%v as JSON: %s, and back: %v, %v", a, text, back, err)
+		}
+	})
+}
+
+// Calls that wait with a context have no goroutine but the caller's, as many as there are of them, and none is left.
+func TestContextWithoutGoroutines(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b, ta, tb := pair(t, Config{SendBuffer: 100})
+		mustWrite(t, a, make([]byte, 100), b.AddrPort())
+		full := bind(t, a.svc, ap(addrA, 4001))
+		ta.withhold = true
+		mustWrite(t, full, make([]byte, 100), b.AddrPort())
+		bind(t, b.svc, ap(addrB, 5000))
+		tb.SetCongested(addrB, 5000, true)
+		ctx, cancel := context.WithCancel(t.Context())
+		before := runtime.NumGoroutine()
+		const each = 50
+		var wg sync.WaitGroup
+		calls := map[string]func() error{
+			"Receive":           func() error { _, err := a.Receive(ctx); return err },
+			"ReadCompletion":    func() error { _, err := a.ReadCompletion(ctx); return err },
+			"ReadCongestion":    func() error { _, err := a.ReadCongestion(ctx); return err },
+			"Send, buffer full": func() error { return full.Send(ctx, Message{Peer: b.AddrPort(), Data: []byte{1}}) },
+			"Send, congested":   func() error { return a.Send(ctx, Message{Peer: ap(addrB, 5000)}) },
+		}
+		for name, call := range calls {
+			for range each {
+				wg.Go(func() {
+					if err := call(); !errors.Is(err, context.Canceled) || !errors.As(err, new(*OpError)) {
+						t.Errorf("%s: %v", name, err)
+					}
+				})
+			}
+		}
+		synctest.Wait()
+		if n := runtime.NumGoroutine() - before; n != each*len(calls) {
+			t.Errorf("%d goroutines for %d calls that wait", n, each*len(calls))
+		}
+		cancel()
+		wg.Wait()
+		synctest.Wait()
+		if n := runtime.NumGoroutine(); n > before {
+			t.Errorf("%d goroutines, %d before", n, before)
+		}
+	})
 }
 
 func TestConfigValidate(t *testing.T) {

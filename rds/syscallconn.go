@@ -96,7 +96,7 @@ func (s *Socket) settle(looked bool) {
 }
 
 // SyscallConn gives programs that wait for many things at once a descriptor to poll. It is an eventfd, and readable as
-// the kernel's socket is: while there is a datagram, a Completion, or news of congestion (TryReadCongestion; without a congestion
+// the kernel's socket is (POLLIN): while there is a datagram, a Completion, or news of congestion (TryReadCongestion; without a congestion
 // monitor, that a port has cleared which refused a write of this socket, until a read finds nothing). It is for
 // epoll, poll and select only: nothing may be read from it or written to it, and it is always writable. Whether the socket is, is a
 // matter of its destinations: CongestedError.Ready tells, and RawConn.Write waits for room in the send buffer.
