@@ -958,7 +958,7 @@ func TestContextWithoutGoroutines(t *testing.T) {
 			}
 		}
 		synctest.Wait()
-		if n := runtime.NumGoroutine() - before; n != each*len(calls) {
+		if n := runtime.NumGoroutine() - before; n > each*len(calls) { // fewer if one of another test was about to end
 			t.Errorf("%d goroutines for %d calls that wait", n, each*len(calls))
 		}
 		cancel()
