@@ -47,6 +47,9 @@ const (
 	callShutdown = "shutdown"
 	callClose    = "close"
 	callPoll     = "poll"
+	// An epoll descriptor that has the socket; numbered as sockets are, and closed as they are.
+	callEpoll     = "epoll_ctl"
+	callEpollWait = "epoll_wait"
 )
 
 // Call is a system call on a socket of the program. Which fields count depends on Call.
@@ -55,9 +58,9 @@ type Call struct {
 	ID    int
 	Name  []byte // an address as the kernel wants it: family first; nil: none
 	Level int    // option's; of a socket its type
-	Num   int    // option, ioctl, backlog; of a socket its protocol
+	Num   int    // option, ioctl, backlog, events; of a socket its protocol
 	Data  []byte // of an option or an ioctl; its length is that of what is asked for
-	Size  int    // of a payload or a buffer
+	Size  int    // of a payload or a buffer; of a poll its time limit in milliseconds
 	Seed  uint32 // of a payload's pattern
 	Flags int
 	Cmsgs []Cmsg
@@ -76,7 +79,7 @@ type Outcome struct {
 	N     int    // return value; of a socket its number here
 	Data  []byte // what an option or an ioctl filled in
 	Name  []byte // address filled in
-	Flags int    // of a received message; events of a poll
+	Flags int    // of a received message; events of a poll, 0: none
 	Cmsgs []Cmsg
 	Sum   uint32        // CRC-32 of what was received
 	Took  time.Duration // how long it took
@@ -161,12 +164,20 @@ func (k *KernelRDS) Call(a Call, out *Outcome) (err error) {
 		sys(unix.SYS_IOCTL, uintptr(a.Num), keep(a.Data))
 		out.Data = a.Data
 	case callPoll:
-		fds := []unix.PollFd{{Fd: int32(fd), Events: int16(a.Num)}}
-		n, err := unix.Poll(fds, a.Size)
-		out.N, out.Flags = n, int(fds[0].Revents)
+		out.Flags, err = pollOne(fd, a.Num, time.Duration(a.Size)*time.Millisecond)
+		return asErrno(err, &out.Errno)
+	case callEpoll:
+		ep, err := newEpoll(fd, a.Num)
 		if err != nil {
 			return asErrno(err, &out.Errno)
 		}
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		k.next++
+		k.socks[k.next], out.N = ep, k.next
+	case callEpollWait:
+		out.Flags, err = epollOne(fd, time.Duration(a.Size)*time.Millisecond)
+		return asErrno(err, &out.Errno)
 	case callSend, callRecv:
 		p := make([]byte, a.Size)
 		var oob []byte
@@ -221,6 +232,47 @@ func (k *KernelRDS) Call(a Call, out *Outcome) (err error) {
 		return fmt.Errorf("no call %q", a.Call)
 	}
 	return nil
+}
+
+// untilDone makes a call that waits for limit, again after a signal.
+func untilDone(limit time.Duration, call func(ms int) (int, error)) (n int, err error) {
+	end := time.Now().Add(limit)
+	for {
+		n, err = call(max(0, int((time.Until(end)+time.Millisecond-1)/time.Millisecond)))
+		if err != unix.EINTR {
+			return n, err
+		}
+	}
+}
+
+// pollOne is the events that fd has, 0 if it has none within limit.
+func pollOne(fd, events int, limit time.Duration) (int, error) {
+	fds := []unix.PollFd{{Fd: int32(fd), Events: int16(events)}}
+	_, err := untilDone(limit, func(ms int) (int, error) { return unix.Poll(fds, ms) })
+	return int(fds[0].Revents), err
+}
+
+// newEpoll is an epoll descriptor with fd.
+func newEpoll(fd, events int) (int, error) {
+	ep, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
+		return -1, err
+	}
+	if err := unix.EpollCtl(ep, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: uint32(events)}); err != nil {
+		_ = unix.Close(ep)
+		return -1, err
+	}
+	return ep, nil
+}
+
+// epollOne is the events that ep's only descriptor has, 0 if it has none within limit.
+func epollOne(ep int, limit time.Duration) (int, error) {
+	var evs [1]unix.EpollEvent
+	n, err := untilDone(limit, func(ms int) (int, error) { return unix.EpollWait(ep, evs[:], ms) })
+	if err != nil || n == 0 {
+		return 0, err
+	}
+	return int(evs[0].Events), nil
 }
 
 // appendControl appends a control message. One without data has a length that is too short for its type.

@@ -106,6 +106,8 @@ type sock interface {
 	close()
 
 	at() netip.AddrPort
+
+	readySock
 }
 
 // sending is a datagram of a pattern.
@@ -186,6 +188,8 @@ func (s *kernelSide) raw(bound bool, c Call) outcome {
 	switch c.Call {
 	case callSend, callRecv:
 		text = fmt.Sprint(r.N)
+	case callPoll:
+		text = readyText(r.Flags)
 	case callSockName:
 		text = fmt.Sprintf("family %d, %d bytes", binary.NativeEndian.Uint16(r.Name), len(r.Name))
 	}
@@ -1013,6 +1017,9 @@ func differences(t testing.TB) map[string][2]string {
 	return all
 }
 
+// showLinkLocal is the command that shows the link-local address of the interface named last.
+var showLinkLocal = []string{"ip", "-6", "addr", "show", "scope", "link", "dev"}
+
 // linkLocal is the link-local address that show, run where it is, tells of; it is one's own after a second or two.
 func linkLocal(t testing.TB, show func() string, zone string) netip.Addr {
 	t.Helper()
@@ -1027,6 +1034,18 @@ func linkLocal(t testing.TB, show func() string, zone string) netip.Addr {
 	return a.WithZone(zone)
 }
 
+// hostLinkLocal is the host's.
+func hostLinkLocal(t testing.TB) netip.Addr {
+	t.Helper()
+	return linkLocal(t, func() string {
+		out, err := output("", showLinkLocal[0], append(showLinkLocal[1:], HostLink)...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(out)
+	}, HostLink)
+}
+
 // TestRDSSemantics runs the script on both sides and compares.
 func TestRDSSemantics(t *testing.T) {
 	g := guest(t, 4500)
@@ -1036,23 +1055,15 @@ func TestRDSSemantics(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer svc.Close()
-	show := []string{"ip", "-6", "addr", "show", "scope", "link", "dev"}
-	here := func() string {
-		out, err := output("", show[0], append(show[1:], HostLink)...)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return string(out)
-	}
-	there := func() string { return g.Run(t, append(show, GuestLink)...) }
+	there := func() string { return g.Run(t, append(showLinkLocal, GuestLink)...) }
 	index := strings.TrimSpace(g.ReadFile(t, "/sys/class/net/"+GuestLink+"/ifindex"))
 	addr := netip.MustParseAddr
-	ours := &ourSide{t: t, svc: svc, v4: addr(f4.host), v6: addr(f6.host), ll: linkLocal(t, here, HostLink)}
+	ours := &ourSide{t: t, svc: svc, v4: addr(f4.host), v6: addr(f6.host), ll: hostLinkLocal(t)}
 	kernel := &kernelSide{k: newKernelEnd(t, g), v4: addr(f4.guest), v6: addr(f6.guest), ll: linkLocal(t, there, index)}
 
 	run := func(near, far side) *play {
 		x := &play{t: t, near: near, far: far, said: make(map[string][]outcome)}
-		for _, part := range []func(){x.binds, x.connects, x.sends, x.receives, x.options} {
+		for _, part := range []func(){x.binds, x.connects, x.sends, x.receives, x.options, x.readiness} {
 			part()
 		}
 		return x
