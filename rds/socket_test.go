@@ -927,7 +927,7 @@ func FuzzAddr(f *testing.F) {
 	})
 }
 
-// Calls that wait with a context have no goroutine but the caller's, as many as there are of them, and none is left.
+// Calls that wait with a context have no goroutine but the caller's, as many as there are of them.
 func TestContextWithoutGoroutines(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, b, ta, tb := pair(t, Config{SendBuffer: 100})
@@ -962,11 +962,7 @@ func TestContextWithoutGoroutines(t *testing.T) {
 			t.Errorf("%d goroutines for %d calls that wait", n, each*len(calls))
 		}
 		cancel()
-		wg.Wait()
-		synctest.Wait()
-		if n := runtime.NumGoroutine(); n > before {
-			t.Errorf("%d goroutines, %d before", n, before)
-		}
+		wg.Wait() // and nothing else is left, or the bubble complains
 	})
 }
 
