@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -57,6 +58,9 @@ func parseInterval(s string) (time.Duration, error) {
 	if n, err := strconv.ParseFloat(s, 64); err == nil && n > 0 && n < 1e6 {
 		return time.Duration(n * float64(time.Second)), nil
 	}
+	if n, ok := strings.CutSuffix(s, "sec"); ok && (strings.HasSuffix(n, "m") || strings.HasSuffix(n, "u")) { // rds-ping's msec and usec
+		s = n + "s"
+	}
 	d, err := time.ParseDuration(s)
 	if err != nil || d <= 0 {
 		return 0, usageError{fmt.Errorf("interval %q", s)}
@@ -81,13 +85,7 @@ func (f *pingFlags) run(ctx context.Context, dest string, stdout io.Writer) (err
 	} else if f.cfg.Source, err = sourceFor(f.cfg.Dest); err != nil {
 		return err
 	}
-	report := func(r rdsping.Reply) {
-		if r.From.IsValid() && r.From != f.cfg.Dest {
-			fmt.Fprintf(stdout, "%v (%v)\n", r, r.From)
-			return
-		}
-		fmt.Fprintln(stdout, r)
-	}
+	report := func(r rdsping.Reply) { fmt.Fprintln(stdout, r.Line(f.cfg.Dest)) }
 	sum, err := f.ping(ctx, report)
 	if err != nil {
 		return err

@@ -133,7 +133,7 @@ func TestPing(t *testing.T) {
 	dir, port, _ := world(t)
 	// Through the process that owns the source address,
 	out, errs, code := rdsctl(t.Context(), "--dir", dir, "ping", "-c", "3", "-i", "1ms", "-I", "127.0.0.95", "127.0.0.96")
-	if code != 0 || strings.Count(out, " usec\n") != 3 || strings.Count("\n"+out, "\n   0: ") != 1 { // in any order: each has a reader
+	if code != 0 || strings.Count(out, " usec\n") != 3 || strings.Count("\n"+out, "\n   1: ") != 1 { // in any order: each has a reader
 		t.Errorf("status %d: %q %q", code, out, errs)
 	}
 	// and from an address that nobody has yet.
@@ -152,7 +152,7 @@ func TestPing(t *testing.T) {
 }
 
 func TestParseInterval(t *testing.T) {
-	for s, want := range map[string]time.Duration{"1": time.Second, "0.5": time.Second / 2, "10ms": 10 * time.Millisecond, "7us": 7 * time.Microsecond} {
+	for s, want := range map[string]time.Duration{"1": time.Second, "0.5": time.Second / 2, "10ms": 10 * time.Millisecond, "7us": 7 * time.Microsecond, "10msec": 10 * time.Millisecond, "7usec": 7 * time.Microsecond} {
 		if d, err := parseInterval(s); err != nil || d != want {
 			t.Errorf("%s: %v, %v", s, d, err)
 		}

@@ -29,20 +29,25 @@ type Config struct {
 
 // Reply is an answer, or what came instead.
 type Reply struct {
-	Seq  int           `json:"seq"`
+	Seq  int           `json:"seq"` // of the ping, from 1 on
 	RTT  time.Duration `json:"rtt"`
 	From netip.Addr    `json:"from"`
-	Dup  bool          `json:"dup,omitempty"` // nothing was outstanding on this socket
-	Err  string        `json:"err,omitempty"`
+	Dup  bool          `json:"dup,omitempty"` // that ping has been answered
+	Err  string        `json:"err,omitempty"` // it could not be sent; there is nothing else then
 }
 
-func (r Reply) String() string {
-	s := fmt.Sprintf("%4d: %d usec", r.Seq, r.RTT.Microseconds())
-	switch {
-	case r.Err != "":
-		s = fmt.Sprintf("%4d: ERROR: %s", r.Seq, r.Err)
-	case r.Dup:
-		s = fmt.Sprintf("%4d: DUP!", r.Seq)
+// Line is r as rds-ping prints it to somebody who has asked dest.
+func (r Reply) Line(dest netip.Addr) string {
+	s := fmt.Sprintf(" %3d:", r.Seq)
+	if r.Err != "" {
+		return s + " ERROR: " + r.Err
+	}
+	s += fmt.Sprintf(" %d usec", r.RTT.Microseconds())
+	if r.From != dest {
+		s += " (" + r.From.String() + ")"
+	}
+	if r.Dup {
+		s += " DUP!"
 	}
 	return s
 }
@@ -57,9 +62,10 @@ type Summary struct {
 type pinger struct {
 	sock *rds.Socket
 
-	mu   sync.Mutex
-	seq  int
-	sent time.Time // zero: nothing is outstanding
+	mu       sync.Mutex
+	seq      int // of the last ping
+	sent     time.Time
+	answered bool
 }
 
 // Run pings until cfg.Count were sent and answered, or ctx is done. report is called for each reply, one at a
@@ -102,21 +108,23 @@ func Run(ctx context.Context, svc *rds.Service, cfg Config, report func(Reply)) 
 	dst := netip.AddrPortFrom(cfg.Dest, rds.PingPort)
 	tick := time.NewTicker(cfg.Interval)
 	defer tick.Stop()
-	for seq := 0; cfg.Count == 0 || seq < cfg.Count; seq++ {
-		if seq > 0 {
+	// What is returned is sum as it is when the readers have ended.
+	for seq := 1; cfg.Count == 0 || seq <= cfg.Count; seq++ {
+		if seq > 1 {
 			select {
 			case <-tick.C:
 			case <-ctx.Done():
-				return sum, nil
+				return
 			}
 		}
-		if err := ps[seq%sockets].send(seq, dst); err != nil {
+		if err = ps[seq%sockets].send(seq, dst); err != nil {
 			if errors.Is(err, net.ErrClosed) {
-				return sum, err
+				return
 			}
 			mu.Lock()
 			report(Reply{Seq: seq, Err: err.Error()})
 			mu.Unlock()
+			err = nil
 		}
 		sum.Sent++
 	}
@@ -127,14 +135,12 @@ func Run(ctx context.Context, svc *rds.Service, cfg Config, report func(Reply)) 
 	case <-t.C:
 	case <-ctx.Done():
 	}
-	mu.Lock()
-	defer mu.Unlock()
-	return sum, nil
+	return
 }
 
 func (p *pinger) send(seq int, dst netip.AddrPort) error {
 	p.mu.Lock()
-	p.seq, p.sent = seq, time.Now()
+	p.seq, p.sent, p.answered = seq, time.Now(), false
 	p.mu.Unlock()
 	return p.sock.TrySend(rds.Message{Peer: dst})
 }
@@ -147,11 +153,8 @@ func (p *pinger) read(report func(Reply)) {
 		}
 		now := time.Now()
 		p.mu.Lock()
-		r := Reply{Seq: p.seq, From: from.Addr(), Dup: p.sent.IsZero()}
-		if !r.Dup {
-			r.RTT = now.Sub(p.sent)
-			p.sent = time.Time{}
-		}
+		r := Reply{Seq: p.seq, RTT: now.Sub(p.sent), From: from.Addr(), Dup: p.answered}
+		p.answered = true
 		p.mu.Unlock()
 		report(r)
 	}

@@ -91,7 +91,7 @@ func (c *Client) Ping(ctx context.Context, cfg rdsping.Config, report func(rdspi
 			if l.Reply.Err == "" && !l.Reply.Dup {
 				sum.Received++
 			}
-			sum.Sent = max(sum.Sent, l.Reply.Seq+1)
+			sum.Sent = max(sum.Sent, l.Reply.Seq)
 			report(*l.Reply)
 		case l.Summary != nil:
 			if l.Error != "" {
