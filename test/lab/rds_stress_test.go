@@ -13,7 +13,8 @@ import (
 )
 
 // TestRDSStress runs rds-stress's protocol between the kernel's RDS and ours, verified, with RDMA reads and writes in turn:
-// "rds-bench stress" on the host and "rds-bench stress --kernel" in the guest, which says what is to be done first the one, then the other.
+// "rds-bench stress" on the host and "rds-bench stress --kernel" in the guest, which says what is to be done first the one, then the other,
+// over IPv4 and over IPv6.
 func TestRDSStress(t *testing.T) {
 	bench := goBuild(t, "cmd/rds-bench")
 	const limit = 60 * time.Second
@@ -36,17 +37,20 @@ func TestRDSStress(t *testing.T) {
 	}
 	for _, c := range []struct {
 		name   string
+		family family
 		active string // who tells the other
 		args   []string
 		rdma   bool
 	}{
-		{"ours tells the kernel", "host", []string{"-q", "5000", "-a", "100", "-t", "2", "-d", "4", "-v"}, false},
-		{"the kernel tells ours", "guest", []string{"-q", "300", "-t", "2", "-d", "2", "-Q", "5", "-v", "-D", "16384", "-I", "2"}, true},
-		{"ours tells the kernel, RDMA used once", "host", []string{"-d", "2", "-v", "-D", "65536", "--rdma-use-once", "1"}, true},
+		{"ours tells the kernel", ipv4, "host", []string{"-q", "5000", "-a", "100", "-t", "2", "-d", "4", "-v"}, false},
+		{"the kernel tells ours", ipv4, "guest", []string{"-q", "300", "-t", "2", "-d", "2", "-Q", "5", "-v", "-D", "16384", "-I", "2"}, true},
+		{"ours tells the kernel, RDMA used once", ipv4, "host", []string{"-d", "2", "-v", "-D", "65536", "--rdma-use-once", "1"}, true},
+		{"ours tells the kernel over IPv6", ipv6, "host", []string{"-q", "3000", "-t", "2", "-d", "2", "-v", "-D", "16384"}, true},
+		{"the kernel tells ours over IPv6", ipv6, "guest", []string{"-q", "5000", "-a", "100", "-t", "2", "-d", "4", "-Q", "5", "-v"}, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			g := guest(t, 4500)
-			f := freshHost(t, g, ipv4)
+			f := freshHost(t, g, c.family)
 			ctx, cancel := context.WithTimeout(t.Context(), limit)
 			defer cancel()
 			host := []string{"stress", "-r", f.host}
