@@ -10,8 +10,13 @@ import (
 	"github.com/openrds/openrds/verbs"
 )
 
-// pollBatch is how many completions are polled at a time.
-const pollBatch = 64
+const (
+	// pollBatch is how many completions are polled at a time.
+	pollBatch = 64
+	// pollRound is after how many the batch ends, whatever is left: a card goes on completing while we poll, and what waits for the end
+	// of the batch, our acknowledgements above all, or for the role, must not wait for ever.
+	pollRound = 16 * pollBatch
+)
 
 // cq is a completion queue and its poller.
 //
@@ -30,8 +35,10 @@ type cq struct {
 
 	vcq verbs.CQ
 
-	again atomic.Bool
-	role  sync.Mutex // the poller
+	again  atomic.Bool
+	role   sync.Mutex // the poller
+	closed bool       // guarded by role
+	hands  sync.WaitGroup
 
 	// The poller's.
 	wcs     [pollBatch]verbs.WC
@@ -51,42 +58,70 @@ func (d *Device) newCQ(recv bool, depth int) (*cq, error) {
 
 // run is the handler.
 func (q *cq) run() {
-	q.again.Store(true)
-	for q.again.Load() && q.role.TryLock() {
-		q.again.Store(false)
-		q.poll()
-		q.role.Unlock()
+	for q.again.Store(true); q.round(); {
 	}
+}
+
+// round polls if there is something to be polled and nobody at it, and reports whether there may be more for the caller.
+func (q *cq) round() bool {
+	if !q.again.Load() || !q.role.TryLock() {
+		return false
+	}
+	q.again.Store(false)
+	if q.poll() >= pollRound {
+		q.again.Store(true)
+	}
+	q.role.Unlock()
+	return q.again.Load()
 }
 
 // barrier returns when every completion that was in the queue has been dispatched. Not in a handler.
 func (q *cq) barrier() {
-	q.role.Lock()
-	q.poll()
-	q.role.Unlock()
-	q.takeNotes()
+	q.as(func() {
+		n := pollRound
+		for left := q.depth; n >= pollRound && left > 0; left -= n { // no more than that were there
+			n = q.poll()
+		}
+		if n >= pollRound {
+			q.again.Store(true) // there may be others by now
+		}
+	})
 }
 
-// as runs fn in the role. Not in a handler.
+// as runs fn in the role. Not in a handler. What handlers have left meanwhile is seen to: one round here, and the rest, while
+// completions come as fast as they are polled, on a goroutine of its own.
 func (q *cq) as(fn func()) {
 	q.role.Lock()
 	fn()
 	q.role.Unlock()
-	q.takeNotes()
-}
-
-// takeNotes polls if a handler found the role taken.
-func (q *cq) takeNotes() {
-	if q.again.Load() {
-		q.run()
+	if !q.round() {
+		return
 	}
+	q.role.Lock()
+	if !q.closed {
+		q.hands.Go(func() {
+			for q.round() {
+			}
+		})
+	}
+	q.role.Unlock()
 }
 
-// poll empties the queue, arms it, and ends the batch of every QP that had a completion.
-func (q *cq) poll() {
+// close ends the polling, of a queue that no QP uses any more, and closes it.
+func (q *cq) close() error {
+	q.role.Lock()
+	q.closed = true
+	q.role.Unlock()
+	q.hands.Wait()
+	return q.vcq.Close()
+}
+
+// poll dispatches completions, until there are none or were pollRound, arms the queue if it is empty, and ends the batch of every QP that had one. It
+// returns how many there were.
+func (q *cq) poll() int {
 	d := q.dev
 	total := 0
-	for {
+	for total < pollRound && !q.closed {
 		n := q.vcq.Poll(q.wcs[:])
 		if n == 0 {
 			if q.vcq.Arm(false) {
@@ -102,7 +137,7 @@ func (q *cq) poll() {
 		}
 	}
 	if total == 0 {
-		return
+		return 0
 	}
 	side := q.side()
 	for i, qp := range q.touched {
@@ -116,6 +151,7 @@ func (q *cq) poll() {
 	} else {
 		d.stats.sendCompletions.Add(uint64(total))
 	}
+	return total
 }
 
 func (q *cq) side() int {

@@ -253,10 +253,10 @@ func (d *Device) release() error {
 	note("memory regions", d.mrs.close())
 	// 6. The completion queues, which QPs used.
 	if d.recvCQ != nil {
-		note("receive CQ", d.recvCQ.vcq.Close())
+		note("receive CQ", d.recvCQ.close())
 	}
 	for _, q := range d.sendCQs {
-		note("send CQ", q.vcq.Close())
+		note("send CQ", q.close())
 	}
 	// 7. The protection domain, parent of all that is registered; then the device itself.
 	if d.pd != nil {
