@@ -53,7 +53,7 @@ func (f *clientFlags) register(cmd *cobra.Command) {
 	f.params = defaultParams()
 	p := &f.params
 	fl := cmd.Flags()
-	fl.Var(sizesValue{&p.Sizes}, "sizes", "bytes per datagram, with units: 64,4KiB,1MiB")
+	fl.Var(sizesValue{&p.Sizes}, "sizes", "bytes per datagram, with units: 64,4KiB,1MiB; with --rdma of the one behind each operation (64B)")
 	fl.StringSliceVar(&p.Tests, "tests", p.Tests, "what to measure: throughput, rtt, load (see --rate)")
 	fl.Var(compareValue{&p.Compare}, "compare", "baselines to measure beside it: tcp, udp, quic, none; with --rdma also rds, for datagrams")
 	fl.IntVar(&p.Sockets, "sockets", p.Sockets, "sockets on each side, each with one peer socket")
