@@ -319,7 +319,11 @@ func (s *stress) passive(ctx context.Context) error {
 		return err
 	}
 	stop := context.AfterFunc(ctx, func() { l.Close() })
-	fmt.Fprintf(s.stdout, "waiting for incoming connection on %v\n", l.Addr())
+	at := l.Addr().String()
+	if own.Zone() != "" {
+		at = netip.AddrPortFrom(own, s.opt.Port).String() // the listener does not know it any more
+	}
+	fmt.Fprintf(s.stdout, "waiting for incoming connection on %s\n", at)
 	c, err := l.Accept()
 	stop()
 	l.Close() // one test only

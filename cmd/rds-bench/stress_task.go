@@ -200,8 +200,8 @@ func (p *stressPeer) pumpLocked() {
 		case p.unacked > 0:
 			slot := p.oldest(p.recvIndex, p.unacked)
 			s := &p.slots[slot]
-			if s.alone || s.ack.RDMAOp != 0 && s.inflight {
-				return // until its completion is there
+			if s.ack.RDMAOp != 0 && s.inflight {
+				return // until its completion is there; a READ that goes alone has been posted above
 			}
 			p.sendLocked(stressAck, slot)
 		case t.active && p.pending < len(p.slots):
