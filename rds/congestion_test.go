@@ -347,7 +347,7 @@ func TestStackCongestion(t *testing.T) {
 					wg.Wait()
 					time.Sleep(time.Second)
 					st := sb.Stats()
-					if st.CongestedPort < flows || sa.Stats().Conn.CongUpdateReceived < 2*flows {
+					if st.CongestedPort < flows || sa.Stats().Conn.CongUpdateReceived < flows { // changes at the same time are one update
 						t.Errorf("congested %d times, %d updates", st.CongestedPort, sa.Stats().Conn.CongUpdateReceived)
 					}
 					if deltas := sa.Stats().Conn.CongDeltaReceived; (deltas > 0) != (dialect == DialectOpen) {
