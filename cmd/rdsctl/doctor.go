@@ -33,7 +33,7 @@ type finding struct {
 	Check string `json:"check"`
 	Level level  `json:"level"`
 	Text  string `json:"text"`
-	Mend  string `json:"mend,omitempty"` // the command that mends it
+	Mend  string `json:"mend,omitempty"` // the line that mends it; there is one for all that are not fine
 }
 
 // host is what checks look at: the files of a machine, and who asks.
@@ -175,7 +175,7 @@ func checkGIDs(h *host) (out []finding) {
 		switch link := h.read(port + "/link_layer"); {
 		case used == 0:
 			out = append(out, finding{Level: warn, Text: fmt.Sprintf("%s port %s has no GID: its interface has no address", dev, path.Base(port)),
-				Mend: "ip address add ADDRESS/PREFIX dev INTERFACE"})
+				Mend: "ip address add ADDRESS/PREFIX dev " + h.netdev(port)})
 		case link == "Ethernet" && v2 == 0:
 			out = append(out, finding{Level: warn, Text: fmt.Sprintf("%s port %s has no RoCE v2 GID", dev, path.Base(port)),
 				Mend: "cma_roce_mode -d " + dev + " -p " + path.Base(port) + " -m 2"})
@@ -185,6 +185,23 @@ func checkGIDs(h *host) (out []finding) {
 	}
 	return out
 }
+
+// netdev is the network interface of a port of an RDMA device.
+func (h *host) netdev(port string) string {
+	dev := path.Dir(path.Dir(port))
+	for _, name := range append(h.glob(port+"/gid_attrs/ndevs/*"), dev+"/parent") { // the latter is rxe's
+		if s := h.read(name); s != "" {
+			return s
+		}
+	}
+	if m := h.glob(dev + "/device/net/*"); len(m) > 0 {
+		return path.Base(m[0])
+	}
+	return "INTERFACE"
+}
+
+// mendProc is for what should be in /proc.
+const mendProc = "mount -t proc proc /proc"
 
 // wantMemlock is what a Service may pin: its slabs.
 const wantMemlock = 1 << 30
@@ -209,7 +226,7 @@ func checkMemlock(h *host) []finding {
 		}
 		return []finding{{Level: l, Text: fmt.Sprintf("locked memory is limited to %s bytes: %s", f[0], who), Mend: "ulimit -l unlimited"}}
 	}
-	return []finding{{Level: note, Text: "the limit of locked memory cannot be read"}}
+	return []finding{{Level: note, Text: "the limit of locked memory cannot be read", Mend: mendProc}}
 }
 
 func checkMTU(h *host) (out []finding) {
@@ -245,7 +262,8 @@ func checkBuffers(h *host) (out []finding) {
 		n, ok := h.number("proc/sys/net/core/" + f.file)
 		switch {
 		case !ok:
-			out = append(out, finding{Level: note, Text: "net.core." + f.file + " cannot be read"})
+			out = append(out, finding{Level: note, Text: "net.core." + f.file + " cannot be read: it is the initial network namespace's",
+				Mend: fmt.Sprintf("nsenter --net --target 1 sysctl -w net.core.%s=%d", f.file, f.want)})
 		case n >= f.want || h.root:
 			out = append(out, finding{Level: fine, Text: fmt.Sprintf("%s buffers of up to %d bytes", f.what, max(n, f.want))})
 		default:
@@ -277,29 +295,23 @@ func checkPort(h *host) (out []finding) {
 func (h *host) portOwner(addr, inode string) finding {
 	hex, _, _ := strings.Cut(addr, ":")
 	wildcard := strings.Trim(hex, "0") == ""
-	l := note
+	l, only := note, "   # if it should not have that address"
 	where := "on one address, which no other process can open"
 	if wildcard {
-		l, where = bad, "on every address: no softroce device can be opened"
+		l, only, where = bad, "", "on every address: no softroce device can be opened"
 	}
 	for _, fd := range h.glob("proc/[0-9]*/fd/*") {
 		if t, err := fs.ReadLink(h.FS, fd); err == nil && t == "socket:["+inode+"]" {
 			pid := strings.Split(fd, "/")[1]
 			return finding{Level: l, Text: fmt.Sprintf("UDP port %d is taken by process %s (%s) %s", h.roce, pid, h.read("proc/"+pid+"/comm"), where),
-				Mend: mendIf(l == bad, "kill "+pid)}
+				Mend: "kill " + pid + only}
 		}
 	}
 	if len(h.glob("sys/module/rdma_rxe")) > 0 {
 		return finding{Level: bad, Text: fmt.Sprintf("UDP port %d belongs to the kernel's soft RoCE (rdma_rxe)", h.roce), Mend: "modprobe -r rdma_rxe"}
 	}
-	return finding{Level: l, Text: fmt.Sprintf("UDP port %d is taken %s; the owner is another user's, or the kernel", h.roce, where)}
-}
-
-func mendIf(yes bool, s string) string {
-	if yes {
-		return s
-	}
-	return ""
+	return finding{Level: l, Text: fmt.Sprintf("UDP port %d is taken %s; the owner is another user's, or the kernel", h.roce, where),
+		Mend: fmt.Sprintf("sudo fuser -k %d/udp", h.roce) + only}
 }
 
 func checkKernelRDS(h *host) (out []finding) {
@@ -308,7 +320,7 @@ func checkKernelRDS(h *host) (out []finding) {
 	case loaded("rds_rdma"):
 		out = append(out, finding{Level: warn, Text: "the kernel's own RDS over RDMA is loaded: it answers on the addresses of the kernel's RDMA devices", Mend: "modprobe -r rds_rdma"})
 	case loaded("rds"):
-		out = append(out, finding{Level: note, Text: "the kernel's RDS is loaded, without RDMA: it does not disturb"})
+		out = append(out, finding{Level: fine, Text: "the kernel's RDS is loaded, without RDMA: it does not disturb"})
 	}
 	for _, dir := range []string{"etc/modprobe.d", "usr/lib/modprobe.d", "lib/modprobe.d", "run/modprobe.d"} {
 		for _, file := range h.glob(dir + "/*.conf") {
@@ -319,9 +331,9 @@ func checkKernelRDS(h *host) (out []finding) {
 				}
 				switch m := f[1]; {
 				case m == "rds" || m == "rds_rdma" || m == "net-pf-21":
-					out = append(out, finding{Level: note, Text: fmt.Sprintf("the kernel's RDS is switched off by /%s (%s): this one does not need it", file, strings.Join(f, " "))})
+					out = append(out, finding{Level: note, Text: fmt.Sprintf("the kernel's RDS is switched off by /%s (%s): this one does not need it", file, strings.Join(f, " ")), Mend: mendModprobe(f, file)})
 				case m == "rdma_ucm" || m == "ib_uverbs" || m == "ib_core":
-					out = append(out, finding{Level: warn, Text: fmt.Sprintf("RDMA devices are switched off by /%s (%s)", file, strings.Join(f, " ")), Mend: "remove that line, then: modprobe " + m})
+					out = append(out, finding{Level: warn, Text: fmt.Sprintf("RDMA devices are switched off by /%s (%s)", file, strings.Join(f, " ")), Mend: mendModprobe(f, file) + " && modprobe " + m})
 				}
 			}
 		}
@@ -332,12 +344,17 @@ func checkKernelRDS(h *host) (out []finding) {
 	return out
 }
 
+// mendModprobe makes a comment of the line of a file whose first words are f.
+func mendModprobe(f []string, file string) string {
+	return fmt.Sprintf(`sed -i 's/^[[:space:]]*%s[[:space:]]\+%s\b/# &/' /%s`, f[0], f[1], file)
+}
+
 func checkNamespace(h *host) []finding {
 	mine, err1 := fs.ReadLink(h.FS, "proc/self/ns/net")
 	init, err2 := fs.ReadLink(h.FS, "proc/1/ns/net")
 	switch {
 	case err1 != nil || err2 != nil:
-		return []finding{{Level: note, Text: "whether this is the initial network namespace cannot be told"}}
+		return []finding{{Level: note, Text: "whether this is the initial network namespace cannot be told by who is not root", Mend: "sudo rdsctl doctor"}}
 	case mine != init && len(h.glob("sys/class/infiniband/*")) > 0:
 		return []finding{{Level: warn, Text: "this is not the initial network namespace: RDMA devices may not be visible in it", Mend: "rdma system set netns shared"}}
 	case mine != init:
@@ -349,7 +366,7 @@ func checkNamespace(h *host) []finding {
 func checkUserfaultfd(h *host) []finding {
 	v, ok := h.number("proc/sys/vm/unprivileged_userfaultfd")
 	if !ok {
-		return []finding{{Level: warn, Text: "this kernel has no userfaultfd: no on-demand paging (rds.Arena)"}}
+		return []finding{{Level: warn, Text: "this kernel has no userfaultfd: no on-demand paging (rds.Arena)", Mend: "grep CONFIG_USERFAULTFD /boot/config-*   # boot one that has it"}}
 	}
 	if h.root || v == 1 {
 		return []finding{{Level: fine, Text: "userfaultfd may be used: on-demand paging works"}}

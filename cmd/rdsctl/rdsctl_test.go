@@ -9,7 +9,9 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -24,7 +26,17 @@ import (
 	"github.com/openrds/openrds/rds/rdsdebug"
 )
 
-func TestMain(m *testing.M) { leak.Main(m) }
+func TestMain(m *testing.M) {
+	if f := children[os.Getenv(childVar)]; f != nil {
+		os.Exit(f())
+	}
+	leak.Main(m)
+}
+
+// children are what this program does in the place of tests, in another environment: by the value of childVar.
+var children = map[string]func() int{}
+
+const childVar = "RDSCTL_TEST_CHILD"
 
 // rdsctl runs the command.
 func rdsctl(ctx context.Context, args ...string) (stdout, stderr string, code int) {
@@ -209,6 +221,56 @@ func TestTrace(t *testing.T) {
 	}
 }
 
+// Wireshark takes a trace apart down to RoCE's headers, whole packets and their beginnings alike, and finds nothing wrong with it.
+func TestTraceTshark(t *testing.T) {
+	tshark, err := exec.LookPath("tshark")
+	if err != nil {
+		t.Skip("needs tshark")
+	}
+	dir, port, sock := world(t)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	traffic(t, sock)
+	paths, err := rdsdebug.Discover(dir)
+	if err != nil || len(paths) != 2 {
+		t.Fatal(paths, err)
+	}
+	const packets = 60
+	for _, full := range []bool{true, false} {
+		file := filepath.Join(t.TempDir(), "x.pcapng")
+		f, err := os.Create(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n, _, err := trace(ctx, rdsdebug.NewClient(paths[0]), f, packets, full); err != nil || n != packets || f.Close() != nil {
+			t.Fatalf("%d packets, %v", n, err)
+		}
+		cmd := exec.CommandContext(ctx, tshark, "-n", "-r", file, "-o", fmt.Sprintf("infiniband.rroce.port:%d", port), "-T", "fields", "-E", "separator=/s", "-E", "occurrence=f",
+			"-e", "ip.src", "-e", "ip.dst", "-e", "infiniband.bth.opcode", "-e", "infiniband.bth.destqp", "-e", "_ws.malformed", "-e", "ip.checksum.status")
+		cmd.Env = append(os.Environ(), "HOME="+t.TempDir()) // whoever tests may have settings
+		var stderr strings.Builder
+		cmd.Stderr = &stderr
+		out, err := cmd.Output()
+		if err != nil {
+			t.Fatalf("%v: %s", err, stderr.String())
+		}
+		opcodes := map[string]int{}
+		lines := strings.Split(strings.TrimSpace(string(out)), "\n")
+		for _, line := range lines {
+			w := strings.Fields(line)
+			if len(w) < 4 || len(w) > 5 || !(w[0] == "127.0.0.95" && w[1] == "127.0.0.96" || w[0] == "127.0.0.96" && w[1] == "127.0.0.95") || !strings.HasPrefix(w[3], "0x") {
+				t.Errorf("full %v: %q", full, line)
+				continue
+			}
+			opcodes[w[2]]++
+		}
+		// RC SEND first and last, or only, and acknowledgements.
+		if len(lines) != packets || opcodes["17"] == 0 || opcodes["0"]+opcodes["4"] == 0 {
+			t.Errorf("full %v: %d packets, by opcode %v", full, len(lines), opcodes)
+		}
+	}
+}
+
 func TestMan(t *testing.T) {
 	dir := t.TempDir()
 	if _, errs, code := rdsctl(t.Context(), "man", dir); code != 0 {
@@ -287,27 +349,29 @@ func TestDoctorConditions(t *testing.T) {
 		{"no uverbs", drop("dev/infiniband/uverbs"), "hardware", warn, "uverbs", "modprobe ib_uverbs"},
 		{"uverbs for root only", func(m fstest.MapFS) { m["dev/infiniband/uverbs0"].Mode = 0o600 }, "hardware", warn, "not for everybody", "chmod 0666 /dev/infiniband/uverbs0"},
 		{"no rdma_cm", drop("dev/infiniband/rdma_cm"), "hardware", warn, "rdma_cm", "modprobe rdma_ucm"},
-		{"no GID", set("sys/class/infiniband/mlx5_0/ports/1/gids/0", zeroGID), "gids", warn, "no GID", "ip address add"},
+		{"no GID", set("sys/class/infiniband/mlx5_0/ports/1/gids/0", zeroGID), "gids", warn, "no GID", "ip address add ADDRESS/PREFIX dev eth0"},
 		{"RoCE v1 only", set("sys/class/infiniband/mlx5_0/ports/1/gid_attrs/types/0", "IB/RoCE v1"), "gids", warn, "no RoCE v2", "cma_roce_mode"},
 		{"memlock", set("proc/self/limits", "Max locked memory         65536                65536                bytes\n"), "memlock", bad, "65536", "ulimit -l unlimited"},
 		{"small MTU", set("sys/class/net/eth0/mtu", "1500"), "mtu", note, "1024", "ip link set dev eth0 mtu 4200"},
 		{"rmem", set("proc/sys/net/core/rmem_max", "212992"), "buffers", warn, "212992", "sysctl -w net.core.rmem_max=8388608"},
 		{"wmem", set("proc/sys/net/core/wmem_max", "212992"), "buffers", warn, "212992", "sysctl -w net.core.wmem_max=1048576"},
 		{"port taken everywhere", udp("00000000"), "port", bad, "77 (oracle)", "kill 77"},
-		{"port taken on one address", udp("0100007F"), "port", note, "77 (oracle)", ""},
+		{"port taken on one address", udp("0100007F"), "port", note, "77 (oracle)", "kill 77"},
 		{"port of rxe", func(m fstest.MapFS) {
 			udp("00000000")(m)
 			drop("proc/77")(m)
 			set("sys/module/rdma_rxe/refcnt", "1")(m)
 		}, "port", bad, "rdma_rxe", "modprobe -r rdma_rxe"},
-		{"port taken, owner unknown", func(m fstest.MapFS) { udp("00000000")(m); drop("proc/77")(m) }, "port", bad, "another user", ""},
+		{"port taken, owner unknown", func(m fstest.MapFS) { udp("00000000")(m); drop("proc/77")(m) }, "port", bad, "another user", "sudo fuser -k 4791/udp"},
 		{"kernel RDS over RDMA", set("sys/module/rds_rdma/refcnt", "1", "sys/module/rds/refcnt", "1"), "kernel-rds", warn, "own RDS", "modprobe -r rds_rdma"},
-		{"kernel RDS", set("sys/module/rds/refcnt", "1"), "kernel-rds", note, "without RDMA", ""},
-		{"RDS switched off", set("etc/modprobe.d/rds.conf", "install rds /bin/true\n"), "kernel-rds", note, "etc/modprobe.d/rds.conf", ""},
-		{"RDMA switched off", set("usr/lib/modprobe.d/no.conf", "blacklist ib_uverbs\n"), "kernel-rds", warn, "RDMA devices are switched off", "remove that line"},
+		{"RDS switched off", set("etc/modprobe.d/rds.conf", "install rds /bin/true\n"), "kernel-rds", note, "etc/modprobe.d/rds.conf", `sed -i 's/^[[:space:]]*install[[:space:]]\+rds\b/# &/' /etc/modprobe.d/rds.conf`},
+		{"RDMA switched off", set("usr/lib/modprobe.d/no.conf", "blacklist ib_uverbs\n"), "kernel-rds", warn, "RDMA devices are switched off", `sed -i 's/^[[:space:]]*blacklist[[:space:]]\+ib_uverbs\b/# &/' /usr/lib/modprobe.d/no.conf && modprobe ib_uverbs`},
 		{"namespace", func(m fstest.MapFS) { m["proc/self/ns/net"].Data = []byte("net:[1]") }, "namespace", warn, "not the initial", "rdma system set netns shared"},
 		{"userfaultfd", set("proc/sys/vm/unprivileged_userfaultfd", "0"), "userfaultfd", warn, "root only", "sysctl -w vm.unprivileged_userfaultfd=1"},
-		{"no userfaultfd", drop("proc/sys/vm"), "userfaultfd", warn, "no userfaultfd", ""},
+		{"no userfaultfd", drop("proc/sys/vm"), "userfaultfd", warn, "no userfaultfd", "grep CONFIG_USERFAULTFD"},
+		{"memlock unreadable", drop("proc/self/limits"), "memlock", note, "cannot be read", mendProc},
+		{"rmem unreadable", drop("proc/sys/net/core/rmem"), "buffers", note, "rmem_max cannot be read", "nsenter --net --target 1 sysctl -w net.core.rmem_max=8388608"},
+		{"namespace unreadable", drop("proc/1/ns"), "namespace", note, "cannot be told", "sudo rdsctl doctor"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			m := healthy()
@@ -317,7 +381,7 @@ func TestDoctorConditions(t *testing.T) {
 			for _, ck := range checks {
 				for _, f := range h.run(ck) {
 					switch {
-					case f.Check == c.check && f.Level == c.level && strings.Contains(f.Text, c.text) && strings.HasPrefix(f.Mend, c.mend) && (f.Mend == "") == (c.mend == ""):
+					case f.Check == c.check && f.Level == c.level && strings.Contains(f.Text, c.text) && c.mend != "" && strings.HasPrefix(f.Mend, c.mend):
 						found = true
 					case f.Level != fine:
 						t.Errorf("also: %+v", f)
@@ -335,6 +399,10 @@ func TestDoctorConditions(t *testing.T) {
 func TestDoctorHealthy(t *testing.T) {
 	for _, m := range []fstest.MapFS{healthy(), func() fstest.MapFS {
 		m := healthy()
+		m["sys/module/rds/refcnt"] = &fstest.MapFile{Data: []byte("1")} // without RDMA it is in nobody's way
+		return m
+	}(), func() fstest.MapFS {
+		m := healthy()
 		for name := range m {
 			if strings.HasPrefix(name, "sys/class/infiniband") || strings.HasPrefix(name, "dev/infiniband") {
 				delete(m, name)
@@ -350,6 +418,38 @@ func TestDoctorHealthy(t *testing.T) {
 				}
 			}
 		}
+	}
+}
+
+// The line that mends a modprobe configuration does so: on a real file, and for modprobe's eyes.
+func TestDoctorMendsModprobe(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("needs GNU sed")
+	}
+	dir := t.TempDir()
+	file := filepath.Join(dir, "etc/modprobe.d/x.conf")
+	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(file, []byte("blacklist rds\n  install \trds_rdma /bin/true\nblacklist rds_tcp\nalias net-pf-21 off\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	h := &host{FS: os.DirFS(dir)}
+	findings := checkKernelRDS(h)
+	if len(findings) != 3 {
+		t.Fatalf("%+v", findings)
+	}
+	for _, f := range findings {
+		line := strings.ReplaceAll(f.Mend, " /etc/", " "+dir+"/etc/")
+		if out, err := exec.Command("sh", "-c", line).CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v: %s", line, err, out)
+		}
+	}
+	if fs := checkKernelRDS(h); len(fs) != 1 || fs[0].Level != fine {
+		t.Errorf("after it: %+v", fs)
+	}
+	if text := h.read("etc/modprobe.d/x.conf"); !strings.Contains(text, "\nblacklist rds_tcp\n") {
+		t.Errorf("also: %s", text)
 	}
 }
 
