@@ -176,9 +176,7 @@ func TestKernelNames(t *testing.T) {
 			case "### 1.7 ":
 				want = kernelNamesIn(cells[1])
 				if part := strings.TrimSpace(cells[2]); regexp.MustCompile(`^[A-Z_ /]{6,}$`).MatchString(part) { // control messages, without their prefix
-					for _, n := range strings.Split(part, " / ") {
-						want = append(want, n)
-					}
+					want = append(want, strings.Split(part, " / ")...)
 				}
 			case "### 6.2 ":
 				if strings.Contains(cells[1], "{") { // those of the pools: memoryPoolNames
