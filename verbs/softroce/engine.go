@@ -195,7 +195,8 @@ func (d *device) step(kind stepKind) (more bool) {
 			runtime.Gosched()
 		}
 	}
-	if kind != pollStep || !handled || !d.asleep.Load() {
+	answered := kind != pollStep || !handled || !d.asleep.Load()
+	if answered {
 		d.answers()
 	}
 	// Otherwise he who polls takes what was delivered and most likely answers it: acknowledgements go
@@ -203,6 +204,9 @@ func (d *device) step(kind stepKind) (more bool) {
 	// every pollTick while somebody polls, sends them.
 	if d.tx.open || len(d.tx.trains) > 0 {
 		d.tx.flush()
+	}
+	if !d.tx.blocked && (len(d.txq) > 0 || answered && len(d.acks) > 0) {
+		d.more = true // they stopped for a socket that was full then, and nothing else tells that it is not any more
 	}
 	return more || d.more || len(d.cqReady) > 0
 }

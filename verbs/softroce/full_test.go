@@ -1,0 +1,63 @@
+package softroce
+
+import (
+	"testing"
+	"testing/synctest"
+
+	"github.com/openrds/openrds/internal/packetio"
+	"github.com/openrds/openrds/internal/wire/roce"
+	"github.com/openrds/openrds/verbs"
+)
+
+// TestFullForAMoment: the socket takes nothing in the middle of a step, and everything at its end. Who stopped for it goes on, although
+// nothing tells that there is room: neither an acknowledgement, since none was asked for, nor a timer.
+func TestFullForAMoment(t *testing.T) {
+	refuse := 0
+	f := &sendConn{}
+	f.send = func(ts []packetio.TxTrain) (int, error) {
+		if refuse > 0 {
+			refuse--
+			return 0, packetio.ErrWouldBlock
+		}
+		return f.scriptConn.Send(ts)
+	}
+	const n = maxTrains + 20
+	t.Run("requester", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			tc := newTestContext(t, Config{})
+			f.take(tc)
+			refuse = 1
+			tc.post(send(1, tc.sge(0, n*256)))
+			if refuse != 0 {
+				t.Fatal("the socket was not full: the test tests nothing")
+			}
+			for i := range n {
+				op := requestOpcode(verbs.OpSend, i == 0, i == n-1)
+				tc.want("", op, tx(i))
+			}
+			tc.close()
+		})
+	})
+	t.Run("responder", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			tc := newTestContext(t, Config{})
+			f.take(tc)
+			refuse = 1
+			tc.write(roce.RCReadRequest, rx(0), true, reth(testIOVA, tc.mr.RKey(), n*256), nil)
+			if refuse != 0 {
+				t.Fatal("the socket was not full: the test tests nothing")
+			}
+			for i := range n {
+				op := roce.RCReadRespMiddle
+				switch i {
+				case 0:
+					op = roce.RCReadRespFirst
+				case n - 1:
+					op = roce.RCReadRespLast
+				}
+				tc.want("", op, rx(i))
+			}
+			tc.close()
+		})
+	})
+}
