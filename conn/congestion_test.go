@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"slices"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -13,6 +14,7 @@ import (
 	"github.com/openrds/openrds/internal/simnet"
 	"github.com/openrds/openrds/internal/slab"
 	"github.com/openrds/openrds/internal/wire/rdshdr"
+	"github.com/openrds/openrds/internal/wire/roce"
 )
 
 // TestMapUpdates compares what connections that look at a map now and then tell their peers with the map itself, and what the peers
@@ -378,4 +380,72 @@ func TestSendersFirst(t *testing.T) {
 			h.close(time.Second)
 		}
 	})
+}
+
+// TestSendersFirstOrder looks at the network: of 150 peers the five that have sent to the port lately hear of its congestion before any of the
+// others does, and before any of the others does that it has cleared; each hears of each once.
+func TestSendersFirstOrder(t *testing.T) {
+	for _, dialect := range []Dialect{DialectOpen, DialectKernelOnly} {
+		bubble(t, 3, quick, func(t *testing.T, net *simnet.Net) {
+			const conns, recent = 150, 5
+			a := newHost(t, net, addrA, func(o *hostOptions) { o.cfg.Dialect = dialect })
+			b := newHost(t, net, addrB, func(o *hostOptions) { o.cfg.MaxConnsPerPeer = 256 })
+			var o testOwner
+			var all []*Conn
+			for n := range conns {
+				x, err := a.m.Get(addrA, addrB, uint8(n))
+				if err != nil {
+					t.Fatal(err)
+				}
+				x.Send(&o, 1, 4009, nil)
+				all = append(all, x)
+			}
+			eventually(t, "up", 10*time.Second, func() bool { n, _ := o.get(); return n == conns })
+			time.Sleep(10 * time.Second) // forgotten who has sent where
+			rand.New(rand.NewPCG(3, 3)).Shuffle(conns, func(i, j int) { all[i], all[j] = all[j], all[i] })
+			senders := make(map[uint32]bool)
+			for _, x := range all[:recent] {
+				x.Send(&o, 1, 4000, nil)
+				senders[x.Info().QPN] = true
+			}
+			time.Sleep(100 * time.Millisecond)
+
+			var mu sync.Mutex
+			var told []uint32 // QPs, in order
+			maps := make(map[uint32]int)
+			net.SetTap(func(e simnet.Event) {
+				var p roce.Packet
+				if e.Kind != simnet.Sent || e.From.Addr() != addrB || roce.Parse(e.Data, &p) != nil || len(p.Payload) < rdshdr.HeaderLen {
+					return
+				}
+				if f := rdshdr.Header(p.Payload).Flags(); f == rdshdr.FlagCongDelta || f == rdshdr.FlagCongBitmap && p.BTH.Opcode() == roce.RCSendFirst {
+					mu.Lock()
+					qp := uint32(p.BTH.DestQP())
+					if maps[qp]++; f == rdshdr.FlagCongDelta || maps[qp]%2 == 1 { // a whole map is two SENDs
+						told = append(told, qp)
+					}
+					mu.Unlock()
+				}
+			})
+			for _, on := range []bool{true, false} {
+				b.m.SetCongested(addrB, 4000, on)
+				time.Sleep(100 * time.Millisecond)
+				mu.Lock()
+				seen := make(map[uint32]int)
+				for i, qp := range told {
+					if seen[qp]++; i < recent != senders[qp] || seen[qp] > 1 {
+						t.Errorf("%v, congested %v: number %d to hear of it is QP %#x, a sender: %v, for the %d. time", dialect, on, i+1, qp, senders[qp], seen[qp])
+					}
+				}
+				if len(told) != conns {
+					t.Errorf("%v, congested %v: %d of %d were told", dialect, on, len(told), conns)
+				}
+				told = nil
+				mu.Unlock()
+			}
+			net.SetTap(nil)
+			a.close(time.Second)
+			b.close(time.Second)
+		})
+	}
 }
