@@ -17,6 +17,7 @@ import (
 	"github.com/openrds/openrds/internal/simnet"
 	"github.com/openrds/openrds/internal/slab"
 	"github.com/openrds/openrds/internal/wire/rdshdr"
+	"github.com/openrds/openrds/mrpool"
 	"github.com/openrds/openrds/verbs"
 	"github.com/openrds/openrds/verbs/softroce"
 )
@@ -496,4 +497,51 @@ func post(l *Link, sends []Send) (int, error) {
 		}
 	}
 	return l.Post(sends)
+}
+
+type opDone chan verbs.WCStatus
+
+func (d opDone) OpDone(s verbs.WCStatus) { d <- s }
+
+// TestOpMark: the requests of an operation know, as SENDs do, which of the pool's are before them. Without that their completion would say,
+// to who counts in 32 bits and is halfway around, that those which are not posted yet have executed.
+func TestOpMark(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		var ua, ub upper
+		a, b := r.pair(&ua, &ub)
+		x := r.chunk('x')
+		m, err := a.Map(context.Background(), mrpool.Request{Segs: [][]byte{x.Bytes()}, Access: verbs.AccessRemoteRead}, false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		sge, err := a.Device().SGE(x, 0, 8)
+		if err != nil {
+			t.Fatal(err)
+		}
+		mark := a.pool.Load().Mark()
+		if mark == 0 {
+			t.Fatal("nothing was posted to map memory")
+		}
+		h, done := a.head.Load(), make(opDone, 1)
+		if _, err := a.PostOp(&Op{Opcode: verbs.OpWrite, SGs: []verbs.SGE{sge}, RKey: 1, Owner: done}); err != nil {
+			t.Fatal(err)
+		}
+		if got := a.slot(h).mark; got != mark {
+			t.Errorf("mark %d behind %d requests of the pool's", got, mark)
+		}
+		<-done
+		freed := make(chan struct{})
+		if err := m.Free(func(error) { close(freed) }); err != nil {
+			t.Error(err)
+		}
+		for _, l := range []*Link{a, b} {
+			if err := l.Close(time.Second); err != nil {
+				t.Error(err)
+			}
+		}
+		x.Put()
+		r.close()
+		<-freed
+	})
 }

@@ -49,6 +49,10 @@ func (l *Link) PostOp(o *Op) (posted bool, err error) {
 	sgs, raddr := o.SGs, o.RemoteAddr
 	for len(sgs) > 0 && err == nil {
 		h := l.head.Load()
+		mark := uint32(0)
+		if p := l.pool.Load(); p != nil {
+			mark = p.Mark()
+		}
 		n := 0
 		for ; n < BatchMax && len(sgs) > 0; n++ {
 			k := min(l.opSGE, len(sgs))
@@ -59,7 +63,7 @@ func (l *Link) PostOp(o *Op) (posted bool, err error) {
 				raddr += uint64(s.Length)
 			}
 			sgs = sgs[k:]
-			*l.slot(h + uint32(n)) = slot{kind: oneSided, op: o} // before the QP may complete it
+			*l.slot(h + uint32(n)) = slot{kind: oneSided, op: o, mark: mark} // before the QP may complete it
 		}
 		o.left.Add(int32(n))
 		l.head.Store(h + uint32(n))
