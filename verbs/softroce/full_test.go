@@ -61,3 +61,29 @@ func TestFullForAMoment(t *testing.T) {
 		})
 	})
 }
+
+// TestResetWhileFull: a reset gives back the memory of what was posted, so nothing of it may wait for the socket any more.
+func TestResetWhileFull(t *testing.T) {
+	script(t, func(tc *testContext) {
+		tc.qp.(*qp).pmtu = 4096 // packets whose payload is named where it lies
+		tc.full(true)
+		tc.post(send(1, tc.sge(0, 4096)))
+		tc.wantIdle("the socket is full")
+		if err := tc.qp.Modify(verbs.QPAttr{State: verbs.StateReset}, verbs.QPStateBit); err != nil {
+			t.Fatal(err)
+		}
+		if err := tc.mr.Deregister(); err != nil {
+			t.Fatal(err)
+		}
+		tc.dev.role.Lock()
+		for _, v := range tc.dev.tx.vecs {
+			if len(v) > 0 && &v[0] == &tc.mem[0] {
+				t.Error("the batch names memory that was deregistered")
+			}
+		}
+		tc.dev.role.Unlock()
+		tc.full(false)
+		synctest.Wait()
+		tc.wantIdle("the request is no more")
+	})
+}

@@ -391,11 +391,9 @@ func (q *qp) Close() error {
 	if !d.cm.qpClosed(q.Num()) {
 		d.qps.remove(q.num)
 	}
-	// 2. Trains that wait for room in the socket may name its memory.
-	d.tx.dropQP(q)
-	// 3. Nothing is due for it any more, and its requests vanish with their references.
+	// 2. Nothing is due for it any more, and its requests vanish with their references.
 	q.reset()
-	// 4. Parents.
+	// 3. Parents.
 	q.dropUses()
 	return nil
 }
@@ -404,6 +402,7 @@ func (q *qp) Close() error {
 func (q *qp) reset() {
 	d := q.dev
 	d.timers.remove(q)
+	d.tx.dropQP(q) // trains that wait for room in the socket may name its memory
 	for h := q.head.Load(); h != q.tail.Load(); h++ {
 		q.freeSend(h, q.slot(h))
 	}
