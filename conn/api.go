@@ -312,6 +312,7 @@ type Stats struct {
 	DrainTimeouts     uint64 // QPs destroyed without their marker: a provider's bug
 	HeartbeatsSent    uint64
 	HeartbeatTimeouts uint64
+	PingRefused       uint64 // calls of Ping with as many under way as there may be
 	DevicesLost       uint64 // times an address was found without its device
 	DevicesBack       uint64 // times it had one again
 	ConnsRetired      uint64 // connections given up because only the peer had asked for them and brought nothing

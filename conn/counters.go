@@ -61,6 +61,7 @@ type counters struct {
 	established       atomic.Uint64
 	heartbeatsSent    atomic.Uint64
 	heartbeatTimeouts atomic.Uint64
+	pingsRefused      atomic.Uint64
 	devicesLost       atomic.Uint64
 	devicesBack       atomic.Uint64
 }
@@ -130,6 +131,7 @@ func (m *Manager) Stats() Stats {
 		DrainTimeouts:        m.linkStats.DrainTimeouts.Load(),
 		HeartbeatsSent:       k.heartbeatsSent.Load(),
 		HeartbeatTimeouts:    k.heartbeatTimeouts.Load(),
+		PingRefused:          k.pingsRefused.Load(),
 		DevicesLost:          k.devicesLost.Load(),
 		DevicesBack:          k.devicesBack.Load(),
 	}

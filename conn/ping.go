@@ -29,7 +29,7 @@ type ping struct {
 const maxPings = 64
 
 // Ping sends an RDS ping and returns the time until its pong. It starts connecting if the connection is
-// down, and the time then includes that.
+// down, and the time then includes that. ErrNoMemory with 64 of them under way.
 func (c *Conn) Ping(ctx context.Context) (time.Duration, error) {
 	p := &ping{sent: time.Now(), done: make(chan time.Duration, 1)}
 	c.mu.Lock()
@@ -39,6 +39,7 @@ func (c *Conn) Ping(ctx context.Context) (time.Duration, error) {
 	}
 	if !c.pingLocked(p) {
 		c.mu.Unlock()
+		c.m.count.pingsRefused.Inc()
 		return 0, ErrNoMemory
 	}
 	c.flush = true

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -323,8 +324,8 @@ func TestCloseLingers(t *testing.T) {
 			c.Send(&o, 1, 2, make([]byte, 100000))
 		}
 		start := time.Now()
-		if n := b.close(3 * time.Second); n != 10 {
-			t.Errorf("%d abandoned", n)
+		if n := b.close(3 * time.Second); n != 10 || b.m.Stats().SendAbandoned != 10 {
+			t.Errorf("%d abandoned, %d counted", n, b.m.Stats().SendAbandoned)
 		}
 		if d := time.Since(start); d < 3*time.Second || d > 4*time.Second {
 			t.Errorf("Close took %v", d)
@@ -513,6 +514,18 @@ func TestPing(t *testing.T) {
 		if _, err := a.conn(addrC).Ping(ctx2); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("ping to nobody: %v", err)
 		}
+		// They have a bound: the one above is still on its way.
+		var wg sync.WaitGroup
+		ctx3, cancel3 := context.WithCancel(context.Background())
+		for range maxPings - 1 {
+			wg.Go(func() { a.conn(addrC).Ping(ctx3) })
+		}
+		synctest.Wait()
+		if _, err := a.conn(addrC).Ping(ctx3); !errors.Is(err, ErrNoMemory) || a.m.Stats().PingRefused != 1 {
+			t.Errorf("one too many: %v, %d counted", err, a.m.Stats().PingRefused)
+		}
+		cancel3()
+		wg.Wait()
 		a.close(0)
 		b.close(time.Second)
 	})
@@ -621,8 +634,8 @@ func TestSlabExhausted(t *testing.T) {
 			}
 			time.Sleep(time.Duration(rng.IntN(3000)) * time.Microsecond)
 		}
-		if refused == 0 {
-			t.Error("memory was never exhausted")
+		if n := a.m.Stats().SendNoMemory + b.m.Stats().SendNoMemory; refused == 0 || n != uint64(refused) {
+			t.Errorf("memory was exhausted %d times, %d counted", refused, n)
 		}
 		eventually(t, "what was accepted arrives", time.Minute, func() bool { return b.sink.len() == ab.sent && a.sink.len() == ba.sent })
 		checkStreams(t, b.sink.take(), ab)

@@ -341,6 +341,9 @@ func TestPrivateData(t *testing.T) {
 		bad("version 2.1", 8, 2)
 		bad("version 3.2", 9, 2)
 		bad("version 5", 8, 5)
+		if s := i.m.Stats(); s.AcceptRejected != 5 || s.AcceptBadPrivate != 5 {
+			t.Errorf("%d requests refused, %d for their private data", s.AcceptRejected, s.AcceptBadPrivate)
+		}
 		var rej cm.REJ
 		if err := rej.Decode(tap.find(addrB, cm.AttrREJ)); err != nil {
 			t.Fatal(err)

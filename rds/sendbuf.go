@@ -59,6 +59,7 @@ func (s *Socket) alloc(n int) (*SendBuf, error) {
 	}
 	if s.reserved.Add(int64(n)) > int64(s.svc.cfg.MaxReservedBytes) {
 		s.reserved.Add(-int64(n))
+		s.svc.ctr.sendNoReserve.Add(1)
 		return nil, fmt.Errorf("%w: SendBufs of %d bytes", ErrNoBufferSpace, s.svc.cfg.MaxReservedBytes)
 	}
 	b := &SendBuf{s: s, n: n}
@@ -68,6 +69,7 @@ func (s *Socket) alloc(n int) (*SendBuf, error) {
 		var err error
 		if b.buf, err = s.svc.tr.Reserve(n); err != nil {
 			s.reserved.Add(-int64(n))
+			s.svc.ctr.sendNoReserve.Add(1)
 			return nil, fmt.Errorf("%w: %w", ErrNoBufferSpace, err)
 		}
 		b.extra.Buffer = b.buf

@@ -454,6 +454,9 @@ func TestSendBufLimits(t *testing.T) {
 		if _, err := a.Alloc(40001); !errors.Is(err, ErrNoBufferSpace) {
 			t.Errorf("beyond MaxReservedBytes: %v", err)
 		}
+		if st := svc.Stats(); st.SendNoReserve != 1 || st.ReservedBytes != 60000 {
+			t.Errorf("%d refused, %d bytes reserved", st.SendNoReserve, st.ReservedBytes)
+		}
 		y, err := a.Alloc(40000)
 		if err != nil {
 			t.Fatal(err)

@@ -476,6 +476,9 @@ func TestStackSlowReaders(t *testing.T) {
 					m.Release()
 				}
 				st := sb.Stats()
+				if pinned := st.ReceiveBufsPinned; (size > copyMax) != (pinned > 0) || pinned > 2*256<<10+MaxMessageSize {
+					t.Errorf("%d bytes of receive buffers pinned", pinned)
+				}
 				if st.CongestedSockets != 1 || st.Conn.RecvRefused != 0 || st.Conn.ConnReset != 0 || sa.Stats().Conn.ConnReset != 0 {
 					t.Errorf("congested sockets %d, refused %d, resets %d", st.CongestedSockets, st.Conn.RecvRefused, st.Conn.ConnReset)
 				}

@@ -36,6 +36,7 @@ type counters struct {
 	congSendBlocked  atomic.Uint64
 	sendReleased     atomic.Uint64
 	sendNoMemory     atomic.Uint64
+	sendNoReserve    atomic.Uint64
 	congSet          atomic.Uint64
 	peerDown         atomic.Uint64
 	peerUp           atomic.Uint64
@@ -67,12 +68,14 @@ type Stats struct {
 	CompletionsLost   uint64 // failed operations nobody was told of, since too many completions were not read
 	SendReleased      uint64 // messages that left the send buffers: acknowledged, cancelled or abandoned
 	SendNoBuffer      uint64 // writes that found no memory in the connection
+	SendNoReserve     uint64 // Allocs that found no memory, or MaxReservedBytes of it in the socket's SendBufs
 	CongestedPort     uint64 // times a port of ours became congested
 	PeerDownReported  uint64
 	PeerUpReported    uint64
 	Sockets           uint64 // gauge: bound
 	LentMessages      uint64 // gauge: of bound sockets, not released yet
 	LentBytes         uint64 // gauge: blocks they keep
+	ReservedBytes     uint64 // gauge: in SendBufs of bound sockets that were neither sent nor freed
 	UnackedMessages   uint64 // gauge: of bound sockets
 	UnackedBytes      uint64 // gauge
 	QueuedBytes       uint64 // gauge: payload in receive queues of bound sockets
@@ -98,6 +101,7 @@ func (svc *Service) Stats() Stats {
 		st.Sockets++
 		st.LentMessages += uint64(max(0, s.loans.Load()))
 		st.LentBytes += uint64(max(0, s.lentBytes.Load()))
+		st.ReservedBytes += uint64(max(0, s.reserved.Load()))
 		msgs, bytes := s.Unacknowledged()
 		st.UnackedMessages += uint64(msgs)
 		st.UnackedBytes += uint64(bytes)
@@ -130,6 +134,7 @@ func (svc *Service) Stats() Stats {
 	st.CompletionsLost = c.completionsLost.Load()
 	st.SendReleased = c.sendReleased.Load()
 	st.SendNoBuffer = c.sendNoMemory.Load()
+	st.SendNoReserve = c.sendNoReserve.Load()
 	st.CongestedPort = c.congSet.Load()
 	st.PeerDownReported = c.peerDown.Load()
 	st.PeerUpReported = c.peerUp.Load()
