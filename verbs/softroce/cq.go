@@ -2,6 +2,7 @@ package softroce
 
 import (
 	"fmt"
+	"slices"
 	"sync"
 
 	"go.uber.org/atomic"
@@ -119,6 +120,10 @@ func (c *cq) Close() error {
 		return &verbs.BusyError{Object: "completion queue", Holders: []string{fmt.Sprintf("%d QP queues", n)}}
 	}
 	c.closed, c.armed, c.n = true, armNone, 0
+	if c.fire {
+		c.fire = false
+		c.dev.cqReady = slices.DeleteFunc(c.dev.cqReady, func(x *cq) bool { return x == c })
+	}
 	c.dev.dropChild(&c.dev.nCQ)
 	return nil
 }
