@@ -387,6 +387,7 @@ func (c *Conn) deliver(s *rxScratch) {
 		s.bufs[i] = nil
 	}
 	s.bufs = s.bufs[:0]
+	s.frags, s.exts = s.frags[:0], s.exts[:0] // also of what was not for the Sink: maps, old messages
 	s.conn = nil
 }
 

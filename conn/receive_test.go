@@ -318,3 +318,28 @@ func FuzzReceive(f *testing.F) {
 		x.c.Cancel(&x.c.rx.pongs, -1)
 	})
 }
+
+// TestScratchIsBounded: pieces of what is not delivered, maps and old messages, are not kept until something is.
+func TestScratchIsBounded(t *testing.T) {
+	for _, open := range []bool{true, false} {
+		injected(t, func(t *testing.T, x *inject) {
+			x.know(open, 5)
+			x.h.m.TraceReceive(true)
+			defer x.h.m.TraceReceive(false)
+			half := make([]byte, rdshdr.FragLen)
+			old := payload(1, 1, 2*rdshdr.FragLen)
+			x.recv(msgBytes(1<<20, nil, 0))
+			for range 1000 {
+				x.recv(append(header(0, 0, 8192, 0, 0, 1), half...), append(header(0, 0, 8192, 0, 0, 1), half...),
+					append(header(7, 0, len(old), 9, 10, rdshdr.FlagRetransmitted), old[:rdshdr.FragLen]...),
+					append(header(7, 0, len(old), 9, 10, rdshdr.FlagRetransmitted), old[rdshdr.FragLen:]...))
+			}
+			if x.dead() {
+				t.Fatal("link broken")
+			}
+			if s := x.c.rx.scr; cap(s.frags) > 100 || cap(s.exts) > 100 {
+				t.Errorf("room for %d pieces and %d extensions of 2000 messages that were not delivered", cap(s.frags), cap(s.exts))
+			}
+		})
+	}
+}
