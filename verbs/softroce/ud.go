@@ -13,8 +13,18 @@ import (
 // grhLen is the space that precedes a UD payload in its receive buffer (rocev2 spec 5.6).
 const grhLen = 40
 
-// sendUD sends the datagrams of a UD QP. Each completes as soon as its packet is written.
+// sendUD sends the datagrams of a UD QP. Each completes as soon as its memory is not needed any more: small ones are copied, others have
+// left. One that the socket has no room for is the oldest of its QP, and marked as started.
 func (d *device) sendUD(q *qp) (more bool) {
+	if h := q.cur; h != q.tail.Load() && q.slot(h).started {
+		if d.tx.blocked {
+			d.queueTX(q)
+			return false
+		}
+		q.cur++
+		q.finishSend(h, q.slot(h))
+		q.checkDrained()
+	}
 	if q.State() != verbs.StateRTS {
 		return false
 	}
@@ -61,10 +71,17 @@ func (d *device) sendUD(q *qp) (more bool) {
 		}
 		q.nxt = q.nxt.Add(1)
 		q.una, q.max = q.nxt, q.nxt
-		q.cur++
 		if w.total > inlinePayload {
-			d.tx.flush() // the memory is the caller's again once it is complete
+			if d.tx.flush(); d.tx.blocked {
+				w.started = true
+				if w.indirect {
+					q.countUses(w, 1)
+				}
+				d.queueTX(q)
+				return false
+			}
 		}
+		q.cur++
 		q.finishSend(h, w)
 	}
 	return false
