@@ -1,6 +1,7 @@
 package softroce
 
 import (
+	"bytes"
 	"testing"
 	"testing/synctest"
 
@@ -86,4 +87,78 @@ func TestResetWhileFull(t *testing.T) {
 		synctest.Wait()
 		tc.wantIdle("the request is no more")
 	})
+}
+
+// TestVecsOfATrain: a train of packets with long gather lists stays within what the kernel takes in one message (UIO_MAXIOV), or it
+// would be refused each time it is sent.
+func TestVecsOfATrain(t *testing.T) {
+	most := 0
+	f := &sendConn{gso: true}
+	f.send = func(ts []packetio.TxTrain) (int, error) {
+		for _, t := range ts {
+			most = max(most, len(t.Vec))
+		}
+		return len(ts), nil
+	}
+	synctest.Test(t, func(t *testing.T) {
+		tc := newTestContext(t, Config{})
+		f.take(tc)
+		d := tc.dev
+		var sgs []sge
+		for i := range 2 * d.attr.MaxSGE { // each of two pieces of its region
+			sgs = append(sgs, direct(tc.mem[i*8:][:8]))
+		}
+		d.role.Lock()
+		for i := range 60 {
+			var b pktBuilder
+			b.begin(d, tc.qp.(*qp), roce.RCSendMiddle, roce.BTHLen, 512)
+			b.finish(d, tc.qp.(*qp), roce.RCSendMiddle, false, false, peerQPN, tx(i), sgs, 0)
+		}
+		d.tx.flush()
+		d.role.Unlock()
+		if most > 1024 {
+			t.Errorf("a train is a list of %d pieces", most)
+		}
+		tc.close()
+	})
+}
+
+// TestLongListsUDP sends SENDs of as many pieces as there may be, many at once.
+func TestLongListsUDP(t *testing.T) {
+	tp := newTestPair(t, Config{}, "127.0.0.77", "127.0.0.78", verbs.MTU4096)
+	defer tp.shut(t)
+	q := tp.qp[0].(*qp)
+	q.cfg.MaxSendSGE = tp.dev[0].attr.MaxSGE
+	q.sqStore = make([]sge, len(q.sq)*storedSGEs)
+	const n = 64
+	var wrs []verbs.SendWR
+	for i := range n {
+		if _, err := tp.qp[1].PostRecv([]verbs.RecvWR{{ID: uint64(i), SGs: tp.sge(1, i*512, 512)}}); err != nil {
+			t.Fatal(err)
+		}
+		wr := send(uint64(i), nil)
+		for k := range tp.dev[0].attr.MaxSGE {
+			wr.SGs = append(wr.SGs, tp.sge(0, i*512+k*16, 16)...)
+		}
+		wrs = append(wrs, wr)
+	}
+	fill(tp.mem[0][:n*512], 5)
+	if _, err := tp.qp[0].PostSend(wrs); err != nil {
+		t.Fatal(err)
+	}
+	for range n {
+		if wc := tp.wait(t, 0); wc.Err() != nil {
+			t.Fatal(wc.Err())
+		}
+		if wc := tp.wait(t, 1); wc.Err() != nil {
+			t.Fatal(wc.Err())
+		}
+	}
+	tp.qp[1].Query()
+	if !bytes.Equal(tp.mem[0][:n*512], tp.mem[1][:n*512]) {
+		t.Error("content")
+	}
+	if s := tp.dev[0].Stats(); s["tx_errors"] != 0 {
+		t.Errorf("%d trains were refused", s["tx_errors"])
+	}
 }

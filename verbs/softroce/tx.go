@@ -37,8 +37,10 @@ type txBatch struct {
 
 const (
 	scratchBytes = 128 << 10
-	maxVecs      = 1024
-	maxTrains    = 64
+	// maxVecs is after how many entries of gather lists no packet is begun: with those of one more (32 SGEs, each of two pieces of its
+	// region, each with a run of scratch before it) the kernel still takes them as one message (UIO_MAXIOV, 1024).
+	maxVecs   = 1024 - 130
+	maxTrains = 64
 	// inlinePayload bytes and less are copied behind their header: an entry of a gather list costs the
 	// kernel more than copying that many.
 	inlinePayload = 256
@@ -48,7 +50,7 @@ const (
 func (t *txBatch) init(d *device) {
 	t.d = d
 	t.scratch = make([]byte, scratchBytes)
-	t.vecs = make([][]byte, 0, maxVecs+64)
+	t.vecs = make([][]byte, 0, 1024)
 	t.trains = make([]packetio.TxTrain, 0, maxTrains)
 	t.starts = make([]int, 0, maxTrains)
 }
