@@ -43,7 +43,7 @@ func (d *device) async(e verbs.AsyncEvent) {
 		a.missed = a.missed || e.Type == verbs.EventDeviceRemoved
 		return
 	}
-	if len(a.queue) >= maxAsync {
+	if len(a.queue) >= maxAsync && e.Type != verbs.EventDeviceRemoved { // which comes once, and nothing makes up for it
 		d.stats.add(cAsyncDropped, 1)
 		return
 	}

@@ -343,7 +343,7 @@ func (q *qp) PostRecv(wrs []verbs.RecvWR) (int, error) {
 		return 0, &verbs.StateError{From: s, To: s}
 	}
 	n, err := q.rq.post(wrs)
-	if n > 0 && (q.State() == verbs.StateErr || q.closed.Load()) {
+	if n > 0 && q.State() == verbs.StateErr {
 		q.dev.kick(q) // to be flushed
 		q.dev.runTX()
 	}
@@ -383,6 +383,7 @@ func (q *qp) Close() error {
 	if was {
 		return nil
 	}
+	q.rq.close()
 	// 1. No packet finds it any more. The CM may want its number kept until timewait is over, and may give it
 	// back at once.
 	tomb := &qp{dev: d, num: q.num}

@@ -24,6 +24,7 @@ type recvRing struct {
 	pd     *pd
 	maxSGE int
 	mu     sync.Mutex
+	closed bool   // nothing is taken any more; guarded by mu
 	depth  int    // requests it takes
 	slots  []rwqe // ringSlots(depth)
 	store  []sge  // maxSGE per slot
@@ -50,6 +51,9 @@ func (r *recvRing) len() int { return int(r.tail.Load() - r.head.Load()) }
 func (r *recvRing) post(wrs []verbs.RecvWR) (int, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if r.closed {
+		return 0, verbs.ErrClosed
+	}
 	for i := range wrs {
 		wr := &wrs[i]
 		if len(wr.SGs) > r.maxSGE {
@@ -87,6 +91,13 @@ func (r *recvRing) take(dst *rwqe) bool {
 	w.sgs = nil
 	r.head.Store(h + 1)
 	return true
+}
+
+// close refuses what is posted from now on. What has been is there, to be discarded.
+func (r *recvRing) close() {
+	r.mu.Lock()
+	r.closed = true
+	r.mu.Unlock()
 }
 
 // discard releases everything. Engine role, or nobody posts or takes any more.
