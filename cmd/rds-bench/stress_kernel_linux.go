@@ -40,7 +40,6 @@ const (
 	flagInvalidate = 0x04
 	flagUseOnce    = 0x08
 	flagNotify     = 0x20
-	flagSilent     = 0x40
 )
 
 // kernelRetry is how often a message that has to wait is tried again: which of those who wait for a congested port, for room in the send
@@ -123,6 +122,41 @@ func kernelAddr(ap netip.AddrPort) unix.Sockaddr {
 	return &unix.SockaddrInet4{Port: int(ap.Port()), Addr: ap.Addr().As4()}
 }
 
+// rawAddr is ap in the form of struct sockaddr_in or sockaddr_in6.
+func rawAddr(ap netip.AddrPort) []byte {
+	ne, be := binary.NativeEndian, binary.BigEndian
+	a := ap.Addr()
+	if a.Is6() {
+		v := a.As16()
+		b := be.AppendUint16(ne.AppendUint16(nil, unix.AF_INET6), ap.Port())
+		b = append(append(b, 0, 0, 0, 0), v[:]...) // no flow
+		return ne.AppendUint32(b, scopeOf(a))
+	}
+	v := a.As4()
+	b := be.AppendUint16(ne.AppendUint16(nil, unix.AF_INET), ap.Port())
+	return append(append(b, v[:]...), make([]byte, 8)...)
+}
+
+// sendmsg is sendmsg(2) without waiting. unix.Sendmsg puts a byte into a message that has only control messages.
+func sendmsg(fd uintptr, to, p, oob []byte) error {
+	m := unix.Msghdr{Name: &to[0], Namelen: uint32(len(to))}
+	var iov unix.Iovec
+	if len(p) > 0 {
+		iov.Base = &p[0]
+		iov.SetLen(len(p))
+		m.Iov = &iov
+		m.SetIovlen(1)
+	}
+	if len(oob) > 0 {
+		m.Control = &oob[0]
+		m.SetControllen(len(oob))
+	}
+	if _, _, errno := unix.Syscall(unix.SYS_SENDMSG, fd, uintptr(unsafe.Pointer(&m)), unix.MSG_DONTWAIT); errno != 0 {
+		return errno
+	}
+	return nil
+}
+
 // kernelSocket is an AF_RDS socket.
 type kernelSocket struct {
 	f   *os.File
@@ -183,11 +217,10 @@ func (s *kernelSocket) sendmsg(m stressMessage, mapping []byte) error {
 		if o.write {
 			flags |= flagWrite
 		}
-		if o.fence {
+		// Of an operation that goes alone the kernel makes a datagram of nothing behind it, whose acknowledgement is what it tells as the
+		// operation's end: that must not overtake the data either.
+		if !o.write {
 			flags |= flagFence
-		}
-		if m.data == nil {
-			flags |= flagSilent // else it sends a datagram of nothing
 		}
 		d := make([]byte, 0, 56)
 		for _, v := range []uint64{uint64(o.remote), 0, uint64(o.segments * o.size), uint64(uintptr(unsafe.Pointer(&vec[0]))), uint64(o.segments), flags, o.token} {
@@ -195,11 +228,11 @@ func (s *kernelSocket) sendmsg(m stressMessage, mapping []byte) error {
 		}
 		oob = appendCmsg(oob, cmsgRDMAArgs, d)
 	}
-	to := kernelAddr(m.to)
+	to := rawAddr(m.to)
 	var err error
 	if e := s.rc.Control(func(fd uintptr) {
 		for { // of signals that concern the program only
-			if err = unix.Sendmsg(int(fd), m.data, oob, to, unix.MSG_DONTWAIT); err != unix.EINTR {
+			if err = sendmsg(fd, to, m.data, oob); err != unix.EINTR {
 				return
 			}
 		}
@@ -282,21 +315,7 @@ func (s *kernelSocket) receive(ctx context.Context, buf []byte) (n int, from net
 
 // cancel is RDS_CANCEL_SENT_TO, which takes a sockaddr.
 func (s *kernelSocket) cancel(to netip.AddrPort) (err error) {
-	ne := binary.NativeEndian
-	var sa []byte
-	if a := to.Addr(); a.Is6() {
-		v := a.As16()
-		sa = ne.AppendUint16(sa, unix.AF_INET6)
-		sa = binary.BigEndian.AppendUint16(sa, to.Port())
-		sa = append(append(sa, 0, 0, 0, 0), v[:]...) // no flow
-		sa = ne.AppendUint32(sa, scopeOf(a))
-	} else {
-		v := a.As4()
-		sa = ne.AppendUint16(sa, unix.AF_INET)
-		sa = binary.BigEndian.AppendUint16(sa, to.Port())
-		sa = append(append(sa, v[:]...), make([]byte, 8)...)
-	}
-	if e := s.rc.Control(func(fd uintptr) { err = unix.SetsockoptString(int(fd), solRDS, optCancelSent, string(sa)) }); e != nil {
+	if e := s.rc.Control(func(fd uintptr) { err = unix.SetsockoptString(int(fd), solRDS, optCancelSent, string(rawAddr(to))) }); e != nil {
 		return e
 	}
 	return os.NewSyscallError("RDS_CANCEL_SENT_TO", err)

@@ -47,19 +47,18 @@ type stressRegion interface {
 // stressMessage is a datagram to send.
 type stressMessage struct {
 	to     netip.AddrPort
-	data   []byte     // nil: no datagram at all, an operation only
+	data   []byte     // nil: none, an operation only
 	cookie rds.Cookie // memory of ours for the peer; 0: none
 	op     *stressOp  // nil: none
 }
 
-// stressOp is an operation that is executed before its datagram: between remote, from its first byte, and local, of which it takes
+// stressOp is an operation that is complete before its datagram goes: between remote, from its first byte, and local, of which it takes
 // segments pieces of size bytes.
 type stressOp struct {
 	write          bool // else a read
 	remote         rds.Cookie
 	local          stressRegion
 	segments, size int
-	fence          bool
 	token          uint64 // of its completion
 }
 
@@ -91,7 +90,7 @@ type ownSocket struct{ *rds.Socket }
 func (m *stressMessage) own() rds.Message {
 	out := rds.Message{Peer: m.to, Data: m.data, Cookie: m.cookie}
 	if o := m.op; o != nil {
-		r := &rds.RDMA{Op: rds.RDMARead, Remote: o.remote, NoFence: !o.fence, Silent: m.data == nil, Notify: true, Token: o.token}
+		r := &rds.RDMA{Op: rds.RDMARead, Remote: o.remote, Silent: m.data == nil, Notify: true, Token: o.token}
 		if o.write {
 			r.Op = rds.RDMAWrite
 		}

@@ -355,10 +355,10 @@ func (p *stressPeer) sendMapped(ctx context.Context, m stressMessage, s *stressS
 	return nil
 }
 
-// operation is what the request asked for that an ack answers. A READ is fenced if the ack goes with it.
+// operation is what the request asked for that an ack answers.
 func (p *stressPeer) operation(s *stressSlot) *stressOp {
 	h := &s.ack
-	op := &stressOp{write: h.RDMAOp == stressRDMAWrite, remote: rds.Cookie(h.RDMAKey), local: s.local, segments: int(h.RDMASegment), size: int(h.RDMASize), fence: !s.alone}
+	op := &stressOp{write: h.RDMAOp == stressRDMAWrite, remote: rds.Cookie(h.RDMAKey), local: s.local, segments: int(h.RDMASegment), size: int(h.RDMASize)}
 	if op.write && p.t.opt.Verify {
 		fillRDMA(s.local.Bytes(), h.Pattern)
 	}

@@ -46,6 +46,7 @@ func TestRDSStress(t *testing.T) {
 		{"the kernel tells ours", ipv4, "guest", []string{"-q", "300", "-t", "2", "-d", "2", "-Q", "5", "-v", "-D", "16384", "-I", "2"}, true},
 		{"ours tells the kernel, RDMA used once", ipv4, "host", []string{"-d", "2", "-v", "-D", "65536", "--rdma-use-once", "1"}, true},
 		{"ours tells the kernel over IPv6", ipv6, "host", []string{"-q", "3000", "-t", "2", "-d", "2", "-v", "-D", "16384"}, true},
+		{"the kernel tells ours, RDMA without fences", ipv4, "guest", []string{"-d", "4", "-v", "-D", "8k", "--rdma-use-fence", "0"}, true},
 		{"the kernel tells ours over IPv6", ipv6, "guest", []string{"-q", "5000", "-a", "100", "-t", "2", "-d", "4", "-Q", "5", "-v"}, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
