@@ -65,7 +65,9 @@ func TestRemovalIsHeard(t *testing.T) {
 				removed++
 			}
 		})
-		for range maxAsync + 2 {
+		tc.dev.async(verbs.AsyncEvent{Type: verbs.EventCommEst, QP: tc.qp})
+		synctest.Wait() // it is being delivered
+		for range maxAsync + 1 {
 			tc.dev.async(verbs.AsyncEvent{Type: verbs.EventCommEst, QP: tc.qp})
 		}
 		if tc.dev.Stats()["async_events_dropped"] == 0 {
