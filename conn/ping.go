@@ -14,10 +14,35 @@ import (
 // ErrPeerDead: nothing was heard from the peer for the dead-peer time, not even an answer to a ping.
 var ErrPeerDead = errors.New("no sign of life from the peer")
 
-// pings are those of ours that were not answered yet, in order; the peer answers in order. Guarded by Conn.mu.
+// pings are those of ours that were not answered yet, in order; the peer answers in order, but need not answer each: it has a bound and a
+// rate, and says nothing to a congested port. Guarded by Conn.mu.
 type pings struct {
-	waiting []*ping // nil: a heartbeat
-	late    int     // heartbeats taken back on a lost connection, whose pongs may still come
+	waiting []sentPing
+	late    int // those nobody waits for any more, whose pongs may still come
+}
+
+type sentPing struct {
+	*ping // nil: a heartbeat
+	seq   uint64
+}
+
+// forget takes those out that nobody waits for any more.
+func (ps *pings) forget(which func(sentPing) bool) {
+	n := len(ps.waiting)
+	ps.waiting = slices.DeleteFunc(ps.waiting, which)
+	ps.late = min(ps.late+n-len(ps.waiting), maxPings)
+}
+
+// forgetBeats is forget for heartbeats below una. A pong comes with the acknowledgement of its ping, or before it, unless it has to wait
+// behind other messages.
+func (ps *pings) forgetBeats(una uint64) {
+	ps.forget(func(p sentPing) bool { return p.ping == nil && p.seq < una })
+}
+
+// asking reports whether there is one that has not even been acknowledged.
+func (ps *pings) asking(una uint64) bool {
+	n := len(ps.waiting)
+	return n > 0 && ps.waiting[n-1].seq >= una
 }
 
 type ping struct {
@@ -63,25 +88,29 @@ func (c *Conn) Ping(ctx context.Context) (time.Duration, error) {
 	case <-c.m.done:
 		return 0, ErrClosed
 	case <-ctx.Done():
+		c.mu.Lock()
+		c.pings.forget(func(w sentPing) bool { return w.ping == p }) // the next pong is not this one's
+		c.mu.Unlock()
 		return 0, ctx.Err()
 	}
 }
 
 // pingLocked queues a ping that asks for an acknowledgement too. p may be nil.
 func (c *Conn) pingLocked(p *ping) bool {
-	if len(c.pings.waiting) >= maxPings {
+	if c.pings.forgetBeats(c.q.una); len(c.pings.waiting) >= maxPings { // the next pong is not theirs
 		return false
 	}
 	var o Owner
 	if p == nil {
 		o = &c.beat
 	}
-	if _, _, ok := c.q.append(o, PingSourcePort, 0, 0, c.ackNext, msgAckNow, nil); !ok {
+	seq, _, ok := c.q.append(o, PingSourcePort, 0, 0, c.ackNext, msgAckNow, nil)
+	if !ok {
 		return false
 	}
 	c.sendQueued++
 	c.m.count.sendPong.Inc()
-	c.pings.waiting = append(c.pings.waiting, p)
+	c.pings.waiting = append(c.pings.waiting, sentPing{p, seq})
 	return true
 }
 
@@ -97,10 +126,8 @@ func (c *Conn) takePong() bool {
 		c.mu.Unlock()
 		return late
 	}
-	p := w[0]
-	copy(w, w[1:])
-	w[len(w)-1] = nil
-	c.pings.waiting = w[:len(w)-1]
+	p := w[0].ping
+	c.pings.waiting = slices.Delete(w, 0, 1)
 	c.mu.Unlock()
 	if p != nil {
 		p.done <- time.Since(p.sent)
@@ -178,9 +205,7 @@ func (c *Conn) dropBeatsLocked() {
 	for from := c.q.una; from != c.q.tail; {
 		from, _ = c.q.cancelRange(&c.beat, -1, from, &r)
 	}
-	n := len(c.pings.waiting)
-	c.pings.waiting = slices.DeleteFunc(c.pings.waiting, func(p *ping) bool { return p == nil })
-	c.pings.late = min(c.pings.late+n-len(c.pings.waiting), maxPings)
+	c.pings.forgetBeats(c.q.tail)
 }
 
 // armTickLocked starts the heartbeat, or keeps it going.
@@ -233,7 +258,7 @@ func (c *Conn) look() {
 	}
 	b.una, b.looked = c.q.una, now
 	c.armTickLocked()
-	if b.silent > 0 && len(c.pings.waiting) == 0 && c.pingLocked(nil) {
+	if b.silent > 0 && !c.pings.asking(c.q.una) && c.pingLocked(nil) {
 		c.m.count.heartbeatsSent.Inc()
 		c.flush = true
 	}

@@ -645,3 +645,67 @@ func TestSlabExhausted(t *testing.T) {
 		b.close(10 * time.Second)
 	})
 }
+
+// TestPingNotAnswered: a peer may refuse to answer a ping, for its rate or because our port is congested, and then never does. The pings after
+// it have their own answers, and an idle connection goes on asking for signs of life, and stays.
+func TestPingNotAnswered(t *testing.T) {
+	bubble(t, 1, simnet.Config{Link: simnet.LinkConfig{Delay: time.Millisecond}}, func(t *testing.T, net *simnet.Net) {
+		a := newHost(t, net, addrA)
+		b := newHost(t, net, addrB, func(o *hostOptions) { o.cfg.Dialect, o.cfg.HeartbeatIdle = DialectKernelOnly, -1 }) // a kernel asks nobody
+		ping := func() (time.Duration, error) {
+			ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
+			defer cancel()
+			return a.conn(addrB).Ping(ctx)
+		}
+		if _, err := ping(); err != nil {
+			t.Fatal(err)
+		}
+		ca, cb := a.conn(addrB), b.conn(addrA)
+		answer := func(on bool) {
+			cb.mu.Lock()
+			link := cb.link
+			cb.mu.Unlock()
+			link.InRecv(func() {
+				cb.rx.pongs.tokens = pongBurst
+				if !on {
+					cb.rx.pongs.tokens = -1 << 30
+				}
+			})
+		}
+		idle := func(what string) {
+			t.Helper()
+			time.Sleep(2 * time.Minute)
+			if s := a.m.Stats(); s.HeartbeatTimeouts != 0 || s.ConnReset != 0 || s.HeartbeatsSent == 0 {
+				t.Errorf("%s: %d heartbeats, %d found their peer dead, %d connections lost", what, s.HeartbeatsSent, s.HeartbeatTimeouts, s.ConnReset)
+			}
+		}
+		answer(false)
+		if d, err := ping(); !errors.Is(err, context.DeadlineExceeded) {
+			t.Fatalf("a ping that is not answered: %v, %v", d, err)
+		}
+		answer(true)
+		for range 3 {
+			if d, err := ping(); err != nil || d < 2*time.Millisecond || d > 3*time.Millisecond {
+				t.Errorf("a ping after it: %v, %v", d, err)
+			}
+		}
+		idle("with answers")
+		answer(false) // an acknowledgement is a sign of life too
+		idle("without answers")
+		answer(true)
+		if _, err := ping(); err != nil {
+			t.Error(err)
+		}
+		// Nobody waits for an answer less than before.
+		forever, stop := context.WithCancel(context.Background())
+		defer stop()
+		answer(false)
+		go ca.Ping(forever)
+		time.Sleep(time.Second)
+		answer(true)
+		idle("with somebody who waits for ever")
+		stop()
+		a.close(time.Second)
+		b.close(time.Second)
+	})
+}
