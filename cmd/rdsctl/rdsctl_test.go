@@ -179,22 +179,24 @@ func TestTrace(t *testing.T) {
 	traffic(t, sock)
 	file := filepath.Join(t.TempDir(), "x.pcapng")
 	if _, errs, code := rdsctl(ctx, "--dir", dir, "trace", "-w", file, "-n", "25"); code != 2 || !strings.Contains(errs, "--pid") {
-		// Both Services are of this process; several processes are told apart by --pid, several Services of one are not.
 		t.Errorf("two to choose from: status %d, %q", code, errs)
 	}
-	paths, err := rdsdebug.Discover(dir)
-	if err != nil || len(paths) != 2 {
-		t.Fatal(paths, err)
+	// Both Services are of this process: --pid does not tell them apart, their addresses do.
+	for _, c := range []struct {
+		args []string
+		code int
+		errs string
+	}{
+		{[]string{"--pid", fmt.Sprint(os.Getpid())}, 2, "--addr"},
+		{[]string{"--addr", "127.0.0.94"}, 1, "has 127.0.0.94"},
+		{[]string{"--addr", "here"}, 2, "here"},
+		{[]string{"--addr", "127.0.0.95", "-n", "25"}, 0, "25 packets"},
+	} {
+		if _, errs, code := rdsctl(ctx, append([]string{"--dir", dir, "trace", "-w", file}, c.args...)...); code != c.code || !strings.Contains(errs, c.errs) {
+			t.Fatalf("%v: status %d, %q", c.args, code, errs)
+		}
 	}
-	f, err := os.Create(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	n, _, err := trace(ctx, rdsdebug.NewClient(paths[0]), f, 25, false)
-	if err != nil || n != 25 || f.Close() != nil {
-		t.Fatalf("%d packets, %v", n, err)
-	}
-	f, err = os.Open(file)
+	f, err := os.Open(file)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -5,7 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"os"
+	"slices"
+	"strings"
 
 	"github.com/gopacket/gopacket/pcapgo"
 	"github.com/spf13/cobra"
@@ -22,6 +25,7 @@ type traceFlags struct {
 	packets int
 	full    bool
 	pid     int
+	addr    string
 }
 
 func newTrace(c *common, stdout, stderr io.Writer) *cobra.Command {
@@ -40,12 +44,19 @@ func newTrace(c *common, stdout, stderr io.Writer) *cobra.Command {
 	fl.IntVarP(&f.packets, "packets", "n", 0, "end after so many; 0: when interrupted")
 	fl.BoolVar(&f.full, "full", false, "whole packets; otherwise headers and a little of the payload")
 	fl.IntVar(&f.pid, "pid", 0, "the process, if there are several")
+	fl.StringVar(&f.addr, "addr", "", "whoever has this address")
 	return cmd
 }
 
 func (f *traceFlags) run(ctx context.Context, stdout, stderr io.Writer) (err error) {
 	if f.packets < 0 {
 		return usageError{fmt.Errorf("--packets %d", f.packets)}
+	}
+	var addr netip.Addr
+	if f.addr != "" {
+		if addr, err = netip.ParseAddr(f.addr); err != nil {
+			return usageError{err}
+		}
 	}
 	out := stdout
 	switch f.out {
@@ -63,7 +74,7 @@ func (f *traceFlags) run(ctx context.Context, stdout, stderr io.Writer) (err err
 		defer func() { err = errors.Join(err, file.Close()) }()
 		out = file
 	}
-	c, err := f.client(ctx)
+	c, err := f.client(ctx, addr.Unmap())
 	if err != nil {
 		return err
 	}
@@ -76,7 +87,8 @@ func (f *traceFlags) run(ctx context.Context, stdout, stderr io.Writer) (err err
 	return err
 }
 
-func (f *traceFlags) client(ctx context.Context) (*rdsdebug.Client, error) {
+// client is the one that the flags choose.
+func (f *traceFlags) client(ctx context.Context, addr netip.Addr) (*rdsdebug.Client, error) {
 	cs, err := f.clients()
 	if err != nil {
 		return nil, err
@@ -88,18 +100,21 @@ func (f *traceFlags) client(ctx context.Context) (*rdsdebug.Client, error) {
 		if err != nil {
 			continue
 		}
-		if f.pid == 0 || in.PID == f.pid {
+		if (f.pid == 0 || in.PID == f.pid) && (!addr.IsValid() || slices.Contains(in.LocalAddresses, addr)) {
 			found = append(found, c)
-			names = append(names, fmt.Sprintf("%d (%s)", in.PID, in.Program))
+			names = append(names, fmt.Sprintf("%d (%s, %v)", in.PID, in.Program, in.LocalAddresses))
 		}
 	}
 	switch len(found) {
 	case 0:
+		if addr.IsValid() {
+			return nil, fmt.Errorf("no process with a socket in %s has %v", f.dir, addr)
+		}
 		return nil, fmt.Errorf("no process with a socket in %s", f.dir)
 	case 1:
 		return found[0], nil
 	}
-	return nil, usageError{fmt.Errorf("several processes, choose one with --pid: %v", names)}
+	return nil, usageError{fmt.Errorf("several to choose from, with --pid or --addr: %s", strings.Join(names, "; "))}
 }
 
 // trace copies packets from c to w, as pcapng.
