@@ -126,8 +126,8 @@ func (c *Conn) lateLocked(h *ib.Hello) bool {
 		than = &c.ctl.req.hello
 	case a != nil && !a.ours:
 		than = &a.hello
-	case a == nil && c.state.load() == Up && c.ctl.theirsKnown:
-		if known && h.Mark.Incarnation != c.peer.inc.Load() {
+	case a == nil && c.state.load() == Up && c.ctl.theirInc != 0:
+		if known && h.Mark.Incarnation != c.ctl.theirInc {
 			return h.Mark.Incarnation == c.peer.formerly.Load()
 		}
 		return notAfter(h.Mark.Attempt, c.ctl.theirTry)

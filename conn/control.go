@@ -35,9 +35,10 @@ type control struct {
 	attempt *attempt // in progress
 	tries   uint16   // number of our latest REQ; written by the control side only, which reads it without the lock
 
-	// The peer's latest REQ when the connection was last established: what comes late of those up to it means nothing.
-	theirTry    uint16
-	theirsKnown bool
+	// The peer's incarnation, 0 a kernel, and its latest REQ, when the connection was last established: what comes late of those up to it means
+	// nothing. Peer.inc may be a later one's, which another type of service has met.
+	theirInc uint64
+	theirTry uint16
 
 	tryAt   time.Time     // no attempt of ours before that
 	backoff time.Duration // upper limit of the next delay; 0: none yet, try at once
@@ -415,7 +416,10 @@ func (c *Conn) establish(ctx context.Context, l *ib.Link, h *ib.Hello, info verb
 	c.asked = c.q.una
 	c.markDue = active && h.Ours && c.remote.Is6()
 	c.mapDue, c.mapKnown, c.mapDelta = true, false, 0
-	c.ctl.theirTry, c.ctl.theirsKnown = h.Mark.Attempt, h.Ours
+	c.ctl.theirInc, c.ctl.theirTry = 0, h.Mark.Attempt
+	if h.Ours {
+		c.ctl.theirInc = h.Mark.Incarnation
+	}
 	c.deltas = h.Ours && h.Mark.Flags&rdshdr.FlagDeltas != 0
 	m.count.congQueued.Inc()
 	if h.AckSeq != 0 {

@@ -146,3 +146,38 @@ func TestLateREQ(t *testing.T) {
 		})
 	}
 }
+
+// TestRestartByTOS: a process that is new has connected for one type of service. Its REQ for another one, where its predecessor's connection is
+// not known to be dead yet, is no late one, whatever its number: the two processes count on their own.
+func TestRestartByTOS(t *testing.T) {
+	bubble(t, 1, quick, func(t *testing.T, net *simnet.Net) {
+		with := func(inc uint64) func(*hostOptions) {
+			return func(o *hostOptions) { o.cfg.Incarnation = inc } // attempts are counted from there
+		}
+		a, b := newHost(t, net, addrA), newHost(t, net, addrB, with(1000))
+		var o testOwner
+		send := func(tos uint8) {
+			t.Helper()
+			c, err := b.m.Get(addrB, addrA, tos)
+			if err != nil {
+				t.Fatal(err)
+			}
+			n := a.sink.len()
+			c.Send(&o, 1, 2, nil)
+			eventually(t, "arrives", 100*time.Millisecond, func() bool { return a.sink.len() > n })
+		}
+		send(0)
+		send(1)
+		net.Partition(addrA, addrB) // killed
+		b.close(0)
+		net.Heal(addrA, addrB)
+		b = newHost(t, net, addrB, with(990))
+		send(0)
+		send(1)
+		if s := a.m.Stats(); s.AcceptLate != 0 {
+			t.Errorf("%d requests taken for late ones", s.AcceptLate)
+		}
+		b.close(time.Second)
+		a.close(time.Second)
+	})
+}
