@@ -1,6 +1,7 @@
 package ibdev
 
 import (
+	"slices"
 	"testing"
 	"time"
 
@@ -67,5 +68,48 @@ func TestEndlessCompletions(t *testing.T) {
 	<-stopped
 	if err := q.close(); err != nil {
 		t.Error(err)
+	}
+}
+
+// reasonHandler notes in which order it hears what has happened to its QP.
+type reasonHandler struct {
+	countHandler
+	heard []string
+}
+
+func (h *reasonHandler) SendWC(wc *verbs.WC)       { h.heard = append(h.heard, wc.Status.String()) }
+func (h *reasonHandler) QPEvent(t verbs.EventType) { h.heard = append(h.heard, t.String()) }
+
+// oneCQ has a completion that nobody has been told of yet.
+type oneCQ struct {
+	wc   verbs.WC
+	done bool
+}
+
+func (c *oneCQ) Poll(wcs []verbs.WC) int {
+	if c.done {
+		return 0
+	}
+	c.done, wcs[0] = true, c.wc
+	return 1
+}
+func (c *oneCQ) Arm(bool) bool { return false }
+func (c *oneCQ) Close() error  { return nil }
+
+type numQP struct{ verbs.QP }
+
+func (numQP) Num() verbs.QPN { return 7 }
+
+// TestReasonFirst: the event of a QP that went to ERR comes on another way than the completion of the request that failed, and not
+// before it: who hears of the event alone takes it for the peer's wish.
+func TestReasonFirst(t *testing.T) {
+	var h reasonHandler
+	d := &Device{qps: map[verbs.QPN]*QP{}}
+	q := &cq{dev: d, depth: 16, vcq: &oneCQ{wc: verbs.WC{QPN: 7, Status: verbs.WCRetryExcErr}}}
+	d.qps[7] = &QP{QP: numQP{}, handler: &h, num: 7, dev: d, sendCQ: q}
+	d.event(verbs.AsyncEvent{Type: verbs.EventQPLastWQEReached, QP: numQP{}})
+	want := []string{verbs.WCRetryExcErr.String(), verbs.EventQPLastWQEReached.String()}
+	if !slices.Equal(h.heard, want) {
+		t.Errorf("heard %q, not %q", h.heard, want)
 	}
 }

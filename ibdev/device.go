@@ -161,6 +161,10 @@ func (d *Device) event(e verbs.AsyncEvent) {
 		d.reg.remove(d, e.Type, e.Type == verbs.EventDeviceRemoved)
 	case e.QP != nil:
 		if qp := d.findQP(e.QP.Num()); qp != nil && qp.QP == e.QP {
+			if e.Type == verbs.EventQPLastWQEReached {
+				// It comes on a way of its own, and may overtake the completion that says why the QP is in ERR.
+				qp.sendCQ.barrier()
+			}
 			qp.handler.QPEvent(e.Type)
 		}
 	case e.CQ != nil:
