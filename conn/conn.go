@@ -71,7 +71,9 @@ type Conn struct {
 
 	ctl control // guarded by mu
 
-	sends [ib.BatchMax]ib.Send // the transmitter's
+	// The transmitter's: a batch of SENDs, and up to which message each has sent everything, exclusive.
+	sends [ib.BatchMax]ib.Send
+	ends  [ib.BatchMax]uint64
 
 	// rx belongs to the receive handler of the link's device, and to the control side while there is no link.
 	rx rxState

@@ -13,6 +13,8 @@ import (
 	"github.com/openrds/openrds/internal/simnet"
 	"github.com/openrds/openrds/internal/wire/cm"
 	"github.com/openrds/openrds/internal/wire/rdshdr"
+	"github.com/openrds/openrds/verbs"
+	"github.com/openrds/openrds/verbs/faultverbs"
 )
 
 // The tests in this file are the checklist of rds-protocol spec 9 for RDS/IB, each against a scripted kernel.
@@ -749,5 +751,42 @@ func TestAcksNeverGoDown(t *testing.T) {
 		if frags != 512 || last != 5 {
 			t.Errorf("%d fragments, acknowledged %d", frags, last)
 		}
+	})
+}
+
+// TestPostInPart: the device takes the first SENDs of a batch and refuses the rest. The peer may have the first, so they are flagged when they are
+// sent again: to a kernel nothing else tells that it has them.
+func TestPostInPart(t *testing.T) {
+	var faults faultverbs.Faults
+	scripted(t, func(t *testing.T, net *simnet.Net, i *host, k *kernelPeer) {
+		k.up(i)
+		var o testOwner
+		c := i.conn(addrA)
+		c.mu.Lock()
+		c.txBusy = true // the test is the transmitter
+		c.mu.Unlock()
+		for range 8 {
+			c.Send(&o, 10, 9, []byte("x"))
+		}
+		faults.Fail(faultverbs.PostSend, 1, verbs.ErrSQFull) // after half of it
+		c.mu.Lock()
+		c.transmitRounds()
+		for n := range 4 {
+			if h := rdshdr.Header(k.want("first time").data); h.Seq() != firstSeq+uint64(n) || h.Flags()&rdshdr.FlagRetransmitted != 0 {
+				t.Errorf("%d: %s", n, describe(h))
+			}
+		}
+		k.accept(k.wantREQ("again"), false)
+		k.wantMap("map first")
+		for n := range 8 {
+			h := rdshdr.Header(k.want("again").data)
+			if h.Seq() != firstSeq+uint64(n) || n < 4 && h.Flags()&rdshdr.FlagRetransmitted == 0 {
+				t.Errorf("%d, again: %s", n, describe(h))
+			}
+		}
+		k.write(header(0, firstSeq+7, 0, 0, 0, 0))
+		eventually(t, "all released", time.Second, func() bool { n, _ := o.get(); return n == 8 })
+	}, func(o *hostOptions) {
+		o.wrap = func(p verbs.Provider) verbs.Provider { return faultverbs.Wrap(p, &faults) }
 	})
 }

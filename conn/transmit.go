@@ -75,11 +75,11 @@ func (c *Conn) transmitRounds() {
 		}
 		round++
 		c.mu.Unlock()
-		n, err := l.Post(c.sends[:b.n])
+		n, _ := l.Post(c.sends[:b.n]) // an error has gone to LinkBroken
 		b.account(c.m, n)
 		c.mu.Lock()
-		if err == nil {
-			c.q.handed = max(c.q.handed, b.handed)
+		if n > 0 { // with an error too: what the QP took may have arrived
+			c.q.handed = max(c.q.handed, c.ends[n-1])
 		}
 	}
 	c.txBusy = false
@@ -98,8 +98,7 @@ func (c *Conn) work() {
 
 // built is what a batch of SENDs contains.
 type built struct {
-	n       int    // SENDs
-	handed  uint64 // messages below have their last byte in this batch or before
+	n       int // SENDs
 	msgs    uint64
 	bytes   uint64
 	retrans int
@@ -129,7 +128,7 @@ func (b *built) account(m *Manager, posted int) {
 	}
 }
 
-// build fills c.sends with what is to be posted now, in order: our mark, our map, data, and an acknowledgement
+// build fills c.sends, and c.ends beside it, with what is to be posted now, in order: our mark, our map, data, and an acknowledgement
 // frame if one is due and nothing else carries it. Transmitter, mu held.
 func (c *Conn) build(l *ib.Link) (b built) {
 	free := l.Free()
@@ -146,6 +145,9 @@ func (c *Conn) build(l *ib.Link) (b built) {
 		carried = c.buildMap(l, &b)
 	}
 	first := c.q.next
+	for i := range b.n {
+		c.ends[i] = first
+	}
 	outstanding := l.Outstanding()
 	data := 0
 	for b.n < len(c.sends) && b.n < free-reservedSlots && c.q.next != c.q.tail && !c.markDue && (!c.mapDue || c.midMessage()) {
@@ -199,6 +201,7 @@ func (c *Conn) build(l *ib.Link) (b built) {
 			carried = c.q.cutAck == c.ackNext
 		}
 		s.Fence = fence
+		c.ends[b.n] = c.q.next
 		data++
 		b.n++
 	}
@@ -207,7 +210,7 @@ func (c *Conn) build(l *ib.Link) (b built) {
 	} else if free <= reservedSlots {
 		c.m.count.txRingFull.Inc()
 	}
-	b.msgs, b.handed = c.q.next-first, c.q.next
+	b.msgs = c.q.next - first
 	switch {
 	case carried:
 		b.piggy = c.ackNow
@@ -215,6 +218,7 @@ func (c *Conn) build(l *ib.Link) (b built) {
 	case c.ackNow && !c.markDue && b.n < free && b.n < len(c.sends) && l.AcksInFlight() < maxAckFrames && !c.midMessage():
 		c.sends[b.n] = ib.Send{Kind: ib.Ack, Solicited: true, HeaderLen: hdrLen}
 		rdshdr.Put(l.Header(b.n), 0, c.ackNext, 0, 0, 0, 0, 0)
+		c.ends[b.n] = c.q.next
 		b.n++
 		b.acks = 1
 		c.ackNow, c.ackSent = false, c.ackNext
