@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"strings"
 	"sync"
 	"syscall"
@@ -18,15 +19,37 @@ import (
 	"github.com/openrds/openrds/conn"
 	"github.com/openrds/openrds/internal/invariants"
 	"github.com/openrds/openrds/internal/simnet"
+	"github.com/openrds/openrds/verbs"
 )
 
 // What the kernel refuses is refused with the kernel's errno, inside an OpError (rds-protocol spec 1.2 to 1.4).
 func TestErrnos(t *testing.T) {
-	a, b, _, _ := pair(t, Config{})
+	a, b, ta, tb := pair(t, Config{})
 	six, err := a.svc.ListenPacket(t.Context(), "[fd00::9]:4000")
 	if err != nil {
 		t.Fatal(err)
 	}
+	// A host without an address, a port that is congested, a socket whose buffer is full, and one that has a type of service.
+	ta.listen = func(a netip.Addr) error {
+		if a == netip.MustParseAddr("10.0.0.66") {
+			return fmt.Errorf("resolving: %w", verbs.ErrNoSuchAddress)
+		}
+		return nil
+	}
+	tb.SetCongested(addrB, 5000, true)
+	full := bind(t, a.svc, ap(addrA, 4666))
+	full.SetWriteBuffer(10)
+	ta.withhold = true
+	mustWrite(t, full, make([]byte, 10), b.AddrPort())
+	ta.withhold = false
+	tos := bind(t, a.svc, ap(addrA, 4667))
+	if err := tos.SetTypeOfService(3); err != nil {
+		t.Fatal(err)
+	}
+	shut := bind(t, a.svc, ap(addrA, 4668))
+	shut.Close()
+	late := bind(t, a.svc, ap(addrA, 4669))
+	late.SetWriteDeadline(time.Unix(1, 0))
 	bindTo := func(s string) error { _, err := a.svc.ListenPacket(t.Context(), s); return err }
 	writeTo := func(s string, n int) error {
 		_, err := a.WriteToAddrPort(make([]byte, n), netip.MustParseAddrPort(s))
@@ -50,6 +73,23 @@ func TestErrnos(t *testing.T) {
 		{"bind twice", bindTo("10.0.0.1:4000"), ErrAddrInUse, syscall.EADDRINUSE},
 		{"bind twice, mapped", bindTo("[::ffff:10.0.0.1]:4000"), ErrAddrInUse, syscall.EADDRINUSE},
 
+		{"bind to an address of another host", bindTo("10.0.0.66:4000"), ErrAddrNotAvailable, syscall.EADDRNOTAVAIL},
+		{"bind to it with a transport chosen", func() error {
+			lc := ListenConfig{Service: a.svc, Transport: TransportIB}
+			_, err := lc.Bind(t.Context(), netip.MustParseAddrPort("10.0.0.66:4000"))
+			return err
+		}(), ErrNoTransport, syscall.ENOPROTOOPT},
+		{"bind with RDS over TCP", func() error {
+			lc := ListenConfig{Service: a.svc, Transport: TransportTCP}
+			_, err := lc.Bind(t.Context(), netip.MustParseAddrPort("10.0.0.1:4001"))
+			return err
+		}(), ErrNoTransport, syscall.ENOPROTOOPT},
+		{"bind with a transport that is none", func() error {
+			lc := ListenConfig{Service: a.svc, Transport: 77}
+			_, err := lc.Bind(t.Context(), netip.MustParseAddrPort("10.0.0.1:4001"))
+			return err
+		}(), ErrInvalid, syscall.EINVAL},
+
 		{"connect to nothing", a.ConnectAddrPort(netip.AddrPort{}), ErrInvalid, syscall.EAFNOSUPPORT},
 		{"connect to the wildcard", connect("0.0.0.0:4"), ErrInvalid, syscall.EDESTADDRREQ},
 		{"connect to the broadcast address", connect("255.255.255.255:4"), ErrInvalid, syscall.EINVAL},
@@ -68,6 +108,30 @@ func TestErrnos(t *testing.T) {
 		{"cookie of nothing", a.Send(t.Context(), Message{Peer: b.AddrPort(), Cookie: 77}), ErrStaleCookie, syscall.EINVAL},
 		{"cookie and operation", a.Send(t.Context(), Message{Peer: b.AddrPort(), Cookie: 77, RDMA: &RDMA{}}), ErrInvalid, syscall.EINVAL},
 
+		{"write to a congested port without waiting", a.TrySend(Message{Peer: ap(addrB, 5000)}), ErrCongested, syscall.ENOBUFS},
+		{"write to a congested port of bytes without waiting", func() error { _, err := a.TryWriteToAddrPort(nil, ap(addrB, 5000)); return err }(), ErrCongested, syscall.ENOBUFS},
+		{"write into a full buffer without waiting", full.TrySend(Message{Peer: b.AddrPort()}), ErrNoBufferSpace, syscall.EAGAIN},
+		{"write with MSG_MORE", func() error { _, err := a.WriteBatch(nil, 0x8000); return err }(), ErrNotSupported, syscall.EOPNOTSUPP},
+		{"write past the deadline", func() error { _, err := late.WriteToAddrPort(nil, b.AddrPort()); return err }(), os.ErrDeadlineExceeded, syscall.ETIMEDOUT},
+		{"map without a connection", func() error {
+			_, err := a.TrySendMapped(Message{Peer: b.AddrPort()}, make([]byte, 10), RegionOptions{})
+			return err
+		}(), ErrNotReady, syscall.EAGAIN},
+		{"map nothing", func() error {
+			_, err := a.TrySendMapped(Message{Peer: b.AddrPort()}, nil, RegionOptions{})
+			return err
+		}(), ErrInvalid, syscall.EINVAL},
+		{"register too much", func() error {
+			_, err := a.RegisterRegion(t.Context(), make([]byte, MaxRDMASize+1), RegionOptions{})
+			return err
+		}(), ErrRegionTooLarge, syscall.EMSGSIZE},
+		{"free what is none", a.FreeRegion(77, false), ErrStaleCookie, syscall.EINVAL},
+		{"cancel to the wildcard", func() error { _, err := a.Cancel(netip.MustParseAddrPort("0.0.0.0:1")); return err }(), ErrInvalid, syscall.EINVAL},
+		{"type of service, twice", tos.SetTypeOfService(4), ErrInvalid, syscall.EINVAL},
+		{"type of service, after writing", full.SetTypeOfService(4), ErrInvalid, syscall.EINVAL},
+		{"send buffer of nothing", a.SetWriteBuffer(0), ErrInvalid, syscall.EINVAL},
+		{"anything on a closed socket", shut.TrySend(Message{Peer: b.AddrPort()}), net.ErrClosed, 0},
+
 		{"read with MSG_OOB", func() error { _, _, _, err := a.ReadMsg(nil, 1); return err }(), ErrNotSupported, syscall.EOPNOTSUPP},
 		{"read nothing without waiting", func() error { _, _, err := a.TryReadFromAddrPort(nil); return err }(), ErrWouldBlock, syscall.EAGAIN},
 		{"receive nothing without waiting", func() error { _, err := a.TryReceive(); return err }(), ErrWouldBlock, syscall.EAGAIN},
@@ -80,11 +144,11 @@ func TestErrnos(t *testing.T) {
 	} {
 		var oe *OpError
 		var ne net.Error
-		if !errors.Is(tc.err, tc.errno) || tc.ours != nil && !errors.Is(tc.err, tc.ours) || !errors.As(tc.err, &oe) || !errors.As(tc.err, &ne) {
+		if tc.errno != 0 && !errors.Is(tc.err, tc.errno) || tc.ours != nil && !errors.Is(tc.err, tc.ours) || !errors.As(tc.err, &oe) || !errors.As(tc.err, &ne) {
 			t.Errorf("%s: %v; want %v (%v) in an OpError", tc.what, tc.err, tc.ours, tc.errno)
 			continue
 		}
-		for _, other := range []syscall.Errno{syscall.EINVAL, syscall.EDESTADDRREQ, syscall.EPROTOTYPE, syscall.EMSGSIZE, syscall.ENOTCONN, syscall.EAFNOSUPPORT} {
+		for _, other := range []syscall.Errno{syscall.EINVAL, syscall.EAGAIN, syscall.ENOBUFS, syscall.EADDRINUSE, syscall.EADDRNOTAVAIL, syscall.ENOPROTOOPT, syscall.ETIMEDOUT, syscall.EOPNOTSUPP, syscall.EDESTADDRREQ, syscall.EPROTOTYPE, syscall.EMSGSIZE, syscall.ENOTCONN, syscall.EAFNOSUPPORT} {
 			if other != tc.errno && errors.Is(tc.err, other) {
 				t.Errorf("%s: %v matches %v as well as %v", tc.what, tc.err, other, tc.errno)
 			}

@@ -3,9 +3,11 @@ package rds
 import (
 	"bytes"
 	"context"
+	"errors"
 	"net/netip"
 	"os"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -72,6 +74,16 @@ func TestUDP(t *testing.T) {
 			half(bs, as)
 			wg.Wait()
 		})
+	}
+}
+
+// An address that this host does not have is told from one that another process has.
+func TestUDPAddresses(t *testing.T) {
+	svc := openUDP(t, Config{})
+	for _, a := range []string{"192.0.2.1:4000", "[2001:db8::1]:4000"} {
+		if _, err := svc.ListenPacket(t.Context(), a); !errors.Is(err, ErrAddrNotAvailable) || !errors.Is(err, syscall.EADDRNOTAVAIL) || errors.Is(err, ErrAddrInUse) {
+			t.Errorf("%s: %v", a, err)
+		}
 	}
 }
 
