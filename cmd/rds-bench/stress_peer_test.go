@@ -77,7 +77,6 @@ type rawPeer struct {
 	control net.Conn
 	svc     *rds.Service
 	sock    *rds.Socket
-	to      netip.AddrPort
 	seq     uint32 // of the next datagram
 }
 

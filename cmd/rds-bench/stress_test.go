@@ -263,7 +263,7 @@ func stressPair(t *testing.T, change func(*stressOptions), also func(*stress)) (
 	return stressBetween(t, "127.0.0.52", "127.0.0.51", change, also)
 }
 
-// stressBetween is stressPair with those addresses of the active and the passive side. None: the passive one is not told its own.
+// stressBetween is stressPair with those addresses of the active and the passive side.
 func stressBetween(t *testing.T, active, passive string, change func(*stressOptions), also func(*stress)) (string, string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
