@@ -119,14 +119,32 @@ func canonical(a netip.Addr) netip.Addr {
 	return a
 }
 
-// toAddrPort takes Addr and whatever else knows its netip form (*net.UDPAddr, *net.TCPAddr).
+// toAddrPort takes Addr and whatever else knows its netip form (*net.UDPAddr, *net.TCPAddr). A nil pointer is no address.
 func toAddrPort(a net.Addr) (netip.AddrPort, error) {
+	port := 0 // where it may be one that AddrPort would cut
 	switch a := a.(type) {
 	case nil:
 		return netip.AddrPort{}, ErrNotConnected
 	case Addr:
 		return a.ap, nil
-	case interface{ AddrPort() netip.AddrPort }:
+	case *Addr:
+		if a == nil {
+			return netip.AddrPort{}, nil
+		}
+		return a.ap, nil
+	case *net.UDPAddr:
+		if a != nil {
+			port = a.Port
+		}
+	case *net.TCPAddr:
+		if a != nil {
+			port = a.Port
+		}
+	}
+	if port != int(uint16(port)) {
+		return netip.AddrPort{}, fmt.Errorf("%w: port %d", ErrInvalid, port)
+	}
+	if a, ok := a.(interface{ AddrPort() netip.AddrPort }); ok {
 		return unmap(a.AddrPort()), nil
 	}
 	return netip.AddrPort{}, fmt.Errorf("%w: %T is not an address of this network", ErrInvalid, a)

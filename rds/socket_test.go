@@ -891,6 +891,25 @@ func TestAddr(t *testing.T) {
 	if _, err := toAddrPort(&net.UnixAddr{}); !errors.Is(err, ErrInvalid) {
 		t.Errorf("a unix address: %v", err)
 	}
+	ip := net.IPv4(10, 0, 0, 1)
+	for _, other := range []net.Addr{a, &a, &net.UDPAddr{IP: ip, Port: 4000}, &net.TCPAddr{IP: ip.To4(), Port: 4000}} {
+		if ap, err := toAddrPort(other); err != nil || ap != a.AddrPort() {
+			t.Errorf("%T %v: %v, %v", other, other, ap, err)
+		}
+	}
+	for _, none := range []net.Addr{(*Addr)(nil), (*net.UDPAddr)(nil), (*net.TCPAddr)(nil), &net.UDPAddr{Port: 4000}} {
+		if ap, err := toAddrPort(none); err != nil || ap.IsValid() {
+			t.Errorf("%T without an address: %v, %v", none, ap, err)
+		}
+	}
+	// A port that is none must not become another one.
+	for _, port := range []int{-1, 65536, 1 << 40} {
+		for _, bad := range []net.Addr{&net.UDPAddr{IP: ip, Port: port}, &net.TCPAddr{IP: ip, Port: port}} {
+			if ap, err := toAddrPort(bad); !errors.Is(err, ErrInvalid) {
+				t.Errorf("%T with port %d: %v, %v", bad, port, ap, err)
+			}
+		}
+	}
 }
 
 // FuzzAddr: whatever is an address is one value in one form, which is host:port, and text, JSON and netip bring it back.
