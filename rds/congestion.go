@@ -28,6 +28,9 @@ func (e *CongestedError) Is(target error) bool {
 	return target == ErrCongested || target == syscall.ENOBUFS
 }
 
+// As gives ENOBUFS to who asks for an errno.
+func (e *CongestedError) As(target any) bool { return asErrno(target, syscall.ENOBUFS) }
+
 // Ready is a channel that is closed when Dest is not congested any more, and when the service is closed: then is the time to
 // try again. It costs nothing until it is asked for. All who wait for a port share it.
 func (e *CongestedError) Ready() <-chan struct{} {

@@ -12,7 +12,7 @@ import (
 )
 
 // Conditions a caller acts on. Each matches, besides itself, the errno with which the kernel's RDS
-// reports it, where there is one.
+// reports it, where there is one: errors.Is(err, syscall.ENOBUFS), or errors.As with a *syscall.Errno.
 var (
 	// ErrClosed: the socket or the service was closed.
 	ErrClosed = net.ErrClosed
@@ -73,6 +73,18 @@ func (c *condition) Error() string { return c.text }
 
 func (c *condition) Is(target error) bool {
 	return target == c.errno || c.kind != nil && target == c.kind || c == ErrNotSupported && target == verbs.ErrNotSupported
+}
+
+// As gives the errno to who asks for one.
+func (c *condition) As(target any) bool { return asErrno(target, c.errno) }
+
+// asErrno is an As method of an error with an errno.
+func asErrno(target any, errno syscall.Errno) bool {
+	e, ok := target.(*syscall.Errno)
+	if ok {
+		*e = errno
+	}
+	return ok
 }
 
 // OpError is the error of every operation of this package that concerns a socket or a bind. It is a
@@ -145,6 +157,9 @@ func (e *deadlineError) Error() string {
 
 // Is matches ETIMEDOUT, which the kernel has for it (rds-protocol spec 1.4 step 24, 1.5 step 4).
 func (e *deadlineError) Is(target error) bool { return target == syscall.ETIMEDOUT }
+
+// As gives ETIMEDOUT to who asks for an errno, rather than the cause's.
+func (e *deadlineError) As(target any) bool { return asErrno(target, syscall.ETIMEDOUT) }
 
 func (e *deadlineError) Timeout() bool   { return true }
 func (e *deadlineError) Temporary() bool { return false }

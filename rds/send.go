@@ -256,10 +256,14 @@ func (s *Socket) destination(m *Message) (to netip.AddrPort, tos uint8, err erro
 	to, tos = unmap(m.Peer), m.TypeOfService
 	if !to.IsValid() {
 		d := s.dflt.Load()
-		if d == nil {
+		switch {
+		case d != nil:
+			to = d.ap
+		case s.closed.Load():
+			return to, tos, ErrClosed
+		default:
 			return to, tos, ErrNotConnected
 		}
-		to = d.ap
 	}
 	if tos == 0 {
 		tos = uint8(s.tos.Load())
@@ -360,8 +364,12 @@ func (it *item) again(ctx context.Context, wait bool, err error) error {
 			wr.spin.done()
 			return nil
 		}
+		was := why
 		if why = refusalOf(err); why == final {
 			return finalError(err)
+		}
+		if why != was {
+			wr.passOn()
 		}
 	}
 }
@@ -448,12 +456,17 @@ func (wr *writing) leave() {
 }
 
 func (wr *writing) end() {
-	s := wr.s
 	wr.leave()
 	if wr.w != nil {
-		s.waiters.put(wr.w)
+		wr.s.waiters.put(wr.w)
 	}
-	// Whoever was woken for room passes the rest of it on, also when it gave up.
+	wr.passOn()
+}
+
+// passOn is for a write that may have been woken for room: it passes on what it leaves of it, also when it gives up, or finds something else in
+// its way.
+func (wr *writing) passOn() {
+	s := wr.s
 	if !s.writers.empty() && !s.full(s.unacked()) {
 		s.writers.wakeOne()
 	}

@@ -131,6 +131,7 @@ func TestErrnos(t *testing.T) {
 		{"type of service, after writing", full.SetTypeOfService(4), ErrInvalid, syscall.EINVAL},
 		{"send buffer of nothing", a.SetWriteBuffer(0), ErrInvalid, syscall.EINVAL},
 		{"anything on a closed socket", shut.TrySend(Message{Peer: b.AddrPort()}), net.ErrClosed, 0},
+		{"anything nowhere on a closed socket", shut.TrySend(Message{}), net.ErrClosed, 0},
 
 		{"read with MSG_OOB", func() error { _, _, _, err := a.ReadMsg(nil, 1); return err }(), ErrNotSupported, syscall.EOPNOTSUPP},
 		{"read nothing without waiting", func() error { _, _, err := a.TryReadFromAddrPort(nil); return err }(), ErrWouldBlock, syscall.EAGAIN},
@@ -147,6 +148,10 @@ func TestErrnos(t *testing.T) {
 		if tc.errno != 0 && !errors.Is(tc.err, tc.errno) || tc.ours != nil && !errors.Is(tc.err, tc.ours) || !errors.As(tc.err, &oe) || !errors.As(tc.err, &ne) {
 			t.Errorf("%s: %v; want %v (%v) in an OpError", tc.what, tc.err, tc.ours, tc.errno)
 			continue
+		}
+		var errno syscall.Errno
+		if errors.As(tc.err, &errno) != (tc.errno != 0) || errno != tc.errno {
+			t.Errorf("%s: %v as an errno is %v; want %v", tc.what, tc.err, errno, tc.errno)
 		}
 		for _, other := range []syscall.Errno{syscall.EINVAL, syscall.EAGAIN, syscall.ENOBUFS, syscall.EADDRINUSE, syscall.EADDRNOTAVAIL, syscall.ENOPROTOOPT, syscall.ETIMEDOUT, syscall.EOPNOTSUPP, syscall.EDESTADDRREQ, syscall.EPROTOTYPE, syscall.EMSGSIZE, syscall.ENOTCONN, syscall.EAFNOSUPPORT} {
 			if other != tc.errno && errors.Is(tc.err, other) {
