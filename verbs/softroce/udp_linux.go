@@ -73,6 +73,7 @@ type udpConn struct {
 	timer   int
 	timerAt time.Time
 	woken   atomic.Bool        // an eventfd write is outstanding
+	wakeMu  sync.Mutex         // held while evfd is written to, and to set closed
 	onReady func(uintptr) bool // ready, made once
 }
 
@@ -572,9 +573,15 @@ func (c *udpConn) setTimer(t time.Time) error {
 	return os.NewSyscallError("timerfd_settime", unix.TimerfdSettime(c.timer, 0, &spec, nil))
 }
 
-// Wake implements packetio.Conn.
+// Wake implements packetio.Conn. Who leaves the engine role wakes when he has left it, and the device may be closed by then: what has
+// the descriptor's number after that is not written to.
 func (c *udpConn) Wake() {
-	if c.woken.Swap(true) || c.closed.Load() {
+	if c.woken.Swap(true) {
+		return
+	}
+	c.wakeMu.Lock()
+	defer c.wakeMu.Unlock()
+	if c.closed.Load() {
 		return
 	}
 	one := [8]byte{1}
@@ -590,7 +597,10 @@ func (c *udpConn) Unplug() {
 
 // Close implements packetio.Conn. Nobody is in Recv, Send or Wait any more.
 func (c *udpConn) Close() error {
-	if c.closed.Swap(true) {
+	c.wakeMu.Lock()
+	was := c.closed.Swap(true)
+	c.wakeMu.Unlock()
+	if was {
 		return nil
 	}
 	c.closeFDs()

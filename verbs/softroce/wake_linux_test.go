@@ -6,6 +6,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // No Wake is lost, however it falls between those of others and the end of a Wait: after any number of them at once, one more
@@ -51,5 +53,30 @@ func TestUDPWake(t *testing.T) {
 	c.Wake()
 	if err := <-done; err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestUDPWakeAgainstClose: a Wake that comes too late does not write to what has the descriptor's number by then.
+func TestUDPWakeAgainstClose(t *testing.T) {
+	for i := range 20000 {
+		fd, err := unix.Eventfd(0, unix.EFD_NONBLOCK|unix.EFD_CLOEXEC)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := &udpConn{fd: -1, ep: -1, timer: -1, evfd: fd}
+		var wg sync.WaitGroup
+		wg.Go(c.Wake)
+		c.Close()
+		heir, err := unix.Eventfd(0, unix.EFD_NONBLOCK|unix.EFD_CLOEXEC)
+		if err != nil {
+			t.Fatal(err)
+		}
+		wg.Wait()
+		var b [8]byte
+		n, _ := unix.Read(heir, b[:])
+		unix.Close(heir)
+		if n > 0 {
+			t.Fatalf("try %d: a stranger's descriptor was written to", i)
+		}
 	}
 }
