@@ -198,3 +198,24 @@ func TestSendMappedDeadline(t *testing.T) {
 		}
 	})
 }
+
+// A write that Close overtakes says so, and not that its region is gone, which Close has freed.
+func TestCloseUnderWriteWithRegion(t *testing.T) {
+	eachPair(t, func(t *testing.T, p *rdmaPair) {
+		s, to := p.client, p.server.AddrPort()
+		r := mustRegister(t, s, 100, RegionOptions{})
+		f, err := s.route(to, 0, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.Close()
+		for _, m := range []Message{
+			{Peer: to, Cookie: r.Cookie()},
+			{Peer: to, RDMA: &RDMA{Op: RDMAWrite, Local: []Piece{r.Piece(0, 8)}, Remote: 1}},
+		} {
+			if err := s.sendExtra(bg(), &m, &item{f: f, port: to.Port()}, to, true); err != ErrClosed {
+				t.Errorf("a write with cookie %v that was overtaken by Close: %v", m.Cookie, err)
+			}
+		}
+	})
+}

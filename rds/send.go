@@ -283,13 +283,13 @@ func (s *Socket) sendExtra(ctx context.Context, m *Message, it *item, to netip.A
 	switch {
 	case m.RDMA != nil:
 		if o, err = s.operation(m.RDMA, to); err != nil {
-			return err
+			return s.unlessClosed(err)
 		}
 		it.x = &o.extra
 	case m.Cookie != 0:
 		r, err := s.regionOf(m.Cookie)
 		if err != nil {
-			return err
+			return s.unlessClosed(err)
 		}
 		it.x = &conn.Extra{Cookie: uint64(r.cookie)}
 	}
@@ -312,6 +312,15 @@ func (s *Socket) sendExtra(ctx context.Context, m *Message, it *item, to netip.A
 	}
 	if err != nil && o != nil {
 		o.abort()
+	}
+	return err
+}
+
+// unlessClosed is err, of a write whose region cannot be used, or ErrClosed: Close frees regions also under a write that
+// has found the socket open.
+func (s *Socket) unlessClosed(err error) error {
+	if s.closed.Load() {
+		return ErrClosed
 	}
 	return err
 }
@@ -369,6 +378,7 @@ func (it *item) again(ctx context.Context, wait bool, err error) error {
 			return finalError(err)
 		}
 		if why != was {
+			wr.leave() // first: no wake comes behind this
 			wr.passOn()
 		}
 	}
