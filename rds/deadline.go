@@ -79,6 +79,10 @@ func (d *deadline) expireCallsLocked() {
 // set moves the deadline to t, zero for none. Calls that wait are woken if t is not in the future.
 func (d *deadline) set(t time.Time) {
 	d.mu.Lock()
+	if d.stopped { // by a Close that was not seen
+		d.mu.Unlock()
+		return
+	}
 	d.when = t
 	if d.timer != nil {
 		d.timer.Stop() // too late is harmless: expire looks at when

@@ -660,6 +660,20 @@ func TestReadDeadline(t *testing.T) {
 	})
 }
 
+// A deadline that is set while Close runs starts no timer that outlives it.
+func TestDeadlineAfterClose(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := deadline{fire: func() { t.Error("a deadline that was stopped expires") }}
+		d.stop()
+		d.set(time.Now().Add(time.Second))
+		d.set(time.Unix(1, 0))
+		time.Sleep(time.Minute)
+		if d.timer != nil {
+			t.Error("there is a timer")
+		}
+	})
+}
+
 func TestManyReaders(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, b, _, _ := pair(t, Config{})
