@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -118,19 +120,33 @@ func (f *infoFlags) show(ctx context.Context, stdout, stderr io.Writer) error {
 		return enc.Encode(all)
 	}
 	if len(all) == 0 {
-		fmt.Fprintf(stderr, "rdsctl: no process with a socket in %s\n", f.dir)
+		fmt.Fprintf(stderr, "rdsctl: no process with a socket in %s\n", strings.Join(f.dirs, ", "))
 	}
 	for _, in := range all {
 		if len(all) > 1 || f.watch > 0 {
-			fmt.Fprintf(stdout, "\n%s, process %d, %s\n", in.Program, in.PID, in.Time.Format("15:04:05.000"))
+			fmt.Fprintf(stdout, "\n%s, process %d, %s\n", printable(in.Program), in.PID, in.Time.Format("15:04:05.000"))
 		}
 		if f.tcp {
 			fmt.Fprintf(stdout, "\nTCP Connections:\n%15s %5s %15s %5s %10s %10s %10s %10s %10s\n",
 				"LocalAddr", "LPort", "RemoteAddr", "RPort", "HdrRemain", "DataRemain", "SentNxt", "ExpectUna", "SeenUna")
 		}
-		if err := rdsdebug.WriteText(stdout, in, items, f.verbose); err != nil {
+		var text strings.Builder
+		if err := rdsdebug.WriteText(&text, in, items, f.verbose); err != nil {
+			return err
+		}
+		if _, err := io.WriteString(stdout, printable(text.String())); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// printable is what a process says about itself, for a terminal that belongs to somebody else.
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if !strconv.IsPrint(r) && r != '\n' {
+			return '?'
+		}
+		return r
+	}, s)
 }

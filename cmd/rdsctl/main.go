@@ -63,7 +63,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 }
 
 // common are the flags of every subcommand.
-type common struct{ dir string }
+type common struct{ dirs []string }
 
 func newCommand(stdout, stderr io.Writer) *cobra.Command {
 	var c common
@@ -79,7 +79,7 @@ func newCommand(stdout, stderr io.Writer) *cobra.Command {
 	root.SetOut(stdout)
 	root.SetErr(stderr)
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.PersistentFlags().StringVar(&c.dir, "dir", rdsdebug.RuntimeDir(), "where processes have their sockets")
+	root.PersistentFlags().StringSliceVar(&c.dirs, "dir", rdsdebug.RuntimeDirs(), "where processes have their sockets")
 	root.AddCommand(newInfo(&c, stdout, stderr), newPing(&c, stdout), newDoctor(stdout), newTrace(&c, stdout, stderr), newMan())
 	return root
 }
@@ -93,13 +93,15 @@ func noArgs(_ *cobra.Command, args []string) error {
 
 // clients are those of all processes found.
 func (c *common) clients() ([]*rdsdebug.Client, error) {
-	paths, err := rdsdebug.Discover(c.dir)
-	if err != nil {
-		return nil, err
-	}
 	var out []*rdsdebug.Client
-	for _, p := range paths {
-		out = append(out, rdsdebug.NewClient(p))
+	for _, dir := range c.dirs {
+		paths, err := rdsdebug.Discover(dir)
+		if err != nil {
+			return nil, err
+		}
+		for _, p := range paths {
+			out = append(out, rdsdebug.NewClient(p))
+		}
 	}
 	return out, nil
 }

@@ -102,15 +102,15 @@ func (f *traceFlags) client(ctx context.Context, addr netip.Addr) (*rdsdebug.Cli
 		}
 		if (f.pid == 0 || in.PID == f.pid) && (!addr.IsValid() || slices.Contains(in.LocalAddresses, addr)) {
 			found = append(found, c)
-			names = append(names, fmt.Sprintf("%d (%s, %v)", in.PID, in.Program, in.LocalAddresses))
+			names = append(names, fmt.Sprintf("%d (%s, %v)", in.PID, printable(in.Program), in.LocalAddresses))
 		}
 	}
 	switch len(found) {
 	case 0:
 		if addr.IsValid() {
-			return nil, fmt.Errorf("no process with a socket in %s has %v", f.dir, addr)
+			return nil, fmt.Errorf("no process with a socket in %s has %v", strings.Join(f.dirs, ", "), addr)
 		}
-		return nil, fmt.Errorf("no process with a socket in %s", f.dir)
+		return nil, fmt.Errorf("no process with a socket in %s", strings.Join(f.dirs, ", "))
 	case 1:
 		return found[0], nil
 	}

@@ -36,6 +36,33 @@ func RuntimeDir() string {
 	return filepath.Join(os.TempDir(), fmt.Sprintf("openrds-%d", os.Geteuid()))
 }
 
+// RuntimeDirs is where to look for processes: RuntimeDir and, if this is root, those of the other users, which are theirs and real
+// directories.
+func RuntimeDirs() []string {
+	dirs := []string{RuntimeDir()}
+	if os.Geteuid() == 0 && os.Getenv(RuntimeDirVar) == "" {
+		dirs = append(dirs, usersDirs("/run/user", os.TempDir())...)
+	}
+	return dirs
+}
+
+// usersDirs are the runtime directories below run (UID/openrds) and tmp (openrds-UID).
+func usersDirs(run, tmp string) (dirs []string) {
+	a, _ := filepath.Glob(filepath.Join(run, "*", "openrds")) // the only error is a bad pattern
+	b, _ := filepath.Glob(filepath.Join(tmp, "openrds-*"))
+	for _, d := range append(a, b...) {
+		uid := filepath.Base(filepath.Dir(d))
+		if u, ok := strings.CutPrefix(filepath.Base(d), "openrds-"); ok {
+			uid = u
+		}
+		st, err := os.Lstat(d)
+		if err == nil && st.IsDir() && st.Mode().Perm()&0o022 == 0 && ownedBy(st, uid) {
+			dirs = append(dirs, d)
+		}
+	}
+	return dirs
+}
+
 const socketSuffix = ".sock"
 
 // Server serves one Service on a unix socket.
