@@ -345,11 +345,11 @@ func (d *device) packet(t *packetio.RxTrain, b []byte, i uint16) {
 		d.stats.add(cRxBadPKey, 1)
 		return
 	}
-	if t.From.Addr() != q.peer.Addr() {
-		d.stats.add(cRxBadSource, 1)
-		return
-	}
 	if t.From != q.rxFrom {
+		if t.From.Addr().WithZone("") != q.peer.Addr().WithZone("") { // a link-local peer is on our link, whatever it is called
+			d.stats.add(cRxBadSource, 1)
+			return
+		}
 		q.rxFrom, q.rxFlow = t.From, roce.NewFlow(t.From, d.conn.LocalAddr())
 	}
 	id, v := q.rxFlow.Check(b, i)

@@ -97,7 +97,7 @@ func (d *device) takePlaced(t *packetio.RxTrain, buf []byte) bool {
 	l := pl.layout
 	q := d.qps.get(roce.BTH(t.Data).DestQP())
 	if q == nil || q.closed.Load() || q.typ != verbs.RC || q.srq != pl.srq || q.pmtu != l.Payload || !q.commEst ||
-		q.inMessage || q.inWrite || len(q.rdq) > 0 || t.From != q.rxFrom || t.From.Addr() != q.peer.Addr() {
+		q.inMessage || q.inWrite || len(q.rdq) > 0 || t.From != q.rxFrom {
 		return false
 	}
 	switch q.State() {

@@ -85,8 +85,8 @@ type qp struct {
 	pmtu   int
 	peer   netip.AddrPort
 	txFlow roce.Flow
-	rxFlow roce.Flow // for rxFrom
-	rxFrom netip.AddrPort
+	rxFlow roce.Flow      // for rxFrom
+	rxFrom netip.AddrPort // RC: the peer, and its port
 	ids    roce.IDTracker
 
 	requester

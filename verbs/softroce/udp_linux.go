@@ -347,7 +347,7 @@ func (c *udpConn) recv(ts []packetio.RxTrain, n int) (int, error) {
 		t := &ts[i]
 		t.Data = c.rbuf[i*rxBufBytes : i*rxBufBytes+int(m.n)]
 		t.SegSize, t.TOS, t.TTL, t.Placed = int(m.n), 0, 64, false
-		t.From = addrPort(&c.rnames[i])
+		t.From = c.addrPort(&c.rnames[i])
 		c.control(t, c.rctl[i][:m.hdr.Controllen])
 	}
 	// Long trains are taken two at a time, so that what the kernel has just copied is still in the nearest
@@ -389,12 +389,17 @@ func (c *udpConn) control(t *packetio.RxTrain, b []byte) {
 	}
 }
 
-func addrPort(sa *unix.RawSockaddrInet6) netip.AddrPort {
+// addrPort reads an address in the kernel's form. A link-local one is on the link of the socket's own: it is called alike.
+func (c *udpConn) addrPort(sa *unix.RawSockaddrInet6) netip.AddrPort {
 	if sa.Family == unix.AF_INET {
 		v4 := (*unix.RawSockaddrInet4)(unsafe.Pointer(sa))
 		return netip.AddrPortFrom(netip.AddrFrom4(v4.Addr), ntohs(v4.Port))
 	}
-	return netip.AddrPortFrom(netip.AddrFrom16(sa.Addr), ntohs(sa.Port))
+	a := netip.AddrFrom16(sa.Addr)
+	if z := c.local.Addr().Zone(); z != "" && a.IsLinkLocalUnicast() {
+		a = a.WithZone(z)
+	}
+	return netip.AddrPortFrom(a, ntohs(sa.Port))
 }
 
 func ntohs(p uint16) uint16 {
