@@ -85,7 +85,7 @@ func (p *Peer) isDown() {
 		return
 	}
 	p.m.count.peersDown.Inc()
-	p.m.log.Warn("peer is down", "local", p.local, "remote", p.remote)
+	p.m.log.Debug("peer is down", "local", p.local, "remote", p.remote)
 	// Nobody knows any more what is congested there: writers may queue again.
 	p.tell(p.cong.clear())
 	p.m.cfg.Sink.PeerDown(p.local, p.remote)
@@ -100,7 +100,7 @@ func (p *Peer) connected() {
 	p.down = false
 	p.mu.Unlock()
 	if was {
-		p.m.log.Info("peer is up", "local", p.local, "remote", p.remote)
+		p.m.log.Debug("peer is up", "local", p.local, "remote", p.remote)
 		p.m.cfg.Sink.PeerUp(p.local, p.remote)
 	}
 }
