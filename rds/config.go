@@ -40,6 +40,10 @@ const (
 // minPeerBytes lets any peer have the longest message queued and the next on its way.
 const minPeerBytes = 2 * MaxMessageSize
 
+// minSlabBytes is 2 MiB for what is received, and 4 MiB for what is sent, in chunks that are not all full; with half of it a write of
+// 1 MiB would wait for ever.
+const minSlabBytes = 8 * MaxMessageSize
+
 // Config are the parameters of a Service. The zero value works; nobody changes it after Open.
 type Config struct {
 	// Providers are asked in order for the device of an address. None: a softroce provider, which
@@ -72,7 +76,7 @@ type Config struct {
 	MaxSocketBytes int
 
 	// MaxSlabBytes bounds the memory that is sent from and received into, of all connections together, three eighths of it for
-	// what is received (net.rds.ib.max_recv_allocation). Zero: 1 GiB.
+	// what is received (net.rds.ib.max_recv_allocation). Zero: 1 GiB; at least 8 MiB, with which the longest message still passes.
 	MaxSlabBytes int64
 
 	// MemoryPools bounds the regions of each device, those of up to three pages and larger ones, by number and by bytes pinned.
@@ -128,8 +132,8 @@ func (c *Config) validate() error {
 	if c.MaxSocketBytes < 0 {
 		bad("MaxSocketBytes of %d bytes", c.MaxSocketBytes)
 	}
-	if c.MaxSlabBytes < 0 {
-		bad("MaxSlabBytes of %d", c.MaxSlabBytes)
+	if c.MaxSlabBytes != 0 && c.MaxSlabBytes < minSlabBytes {
+		bad("MaxSlabBytes of %d bytes, needs at least %d", c.MaxSlabBytes, minSlabBytes)
 	}
 	if c.HoldBytes < 0 {
 		bad("HoldBytes of %d", c.HoldBytes)

@@ -1000,11 +1000,11 @@ func TestContextWithoutGoroutines(t *testing.T) {
 }
 
 func TestConfigValidate(t *testing.T) {
-	_, err := Open(Config{SendBuffer: -1, ReceiveBuffer: -1, MaxPeerBytes: 5, Dialect: 9, HoldBytes: -1})
+	_, err := Open(Config{SendBuffer: -1, ReceiveBuffer: -1, MaxPeerBytes: 5, Dialect: 9, HoldBytes: -1, MaxSlabBytes: minSlabBytes - 1})
 	if !errors.Is(err, ErrInvalid) {
 		t.Fatal(err)
 	}
-	for _, word := range []string{"SendBuffer", "ReceiveBuffer", "MaxPeerBytes", "Dialect", "HoldBytes"} {
+	for _, word := range []string{"SendBuffer", "ReceiveBuffer", "MaxPeerBytes", "Dialect", "HoldBytes", "MaxSlabBytes"} {
 		if !bytes.Contains([]byte(err.Error()), []byte(word)) {
 			t.Errorf("%s is not mentioned in: %v", word, err)
 		}

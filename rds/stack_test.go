@@ -533,6 +533,47 @@ func TestStackDeterminism(t *testing.T) {
 	}
 }
 
+// With the least memory that a Service may be given the longest datagrams pass, both ways at once, in both dialects.
+func TestStackLeastMemory(t *testing.T) {
+	for _, dialect := range []Dialect{DialectOpen, DialectKernelOnly} {
+		synctest.Test(t, func(t *testing.T) {
+			net := simnet.ForTest(t, 1, simnet.Config{Link: simnet.LinkConfig{Delay: 50 * time.Microsecond}})
+			cfg := Config{MaxSlabBytes: minSlabBytes, Dialect: dialect}
+			one, other := openSim(t, net, cfg), openSim(t, net, cfg)
+			defer closeService(t, one)
+			defer closeService(t, other)
+			a, b := bind(t, one, ap(addrA, 4000)), bind(t, other, ap(addrB, 4000))
+			const count = 20
+			var wg sync.WaitGroup
+			for _, s := range []*Socket{a, b} {
+				s.SetDeadline(time.Now().Add(time.Minute))
+				to := a.AddrPort()
+				if s == a {
+					to = b.AddrPort()
+				}
+				wg.Go(func() {
+					for i := range count {
+						if _, err := s.WriteToAddrPort(payload(MaxMessageSize, byte(i)), to); err != nil {
+							t.Errorf("write %d: %v", i, err)
+							return
+						}
+					}
+				})
+				wg.Go(func() {
+					p := make([]byte, MaxMessageSize)
+					for i := range count {
+						if n, _, err := s.ReadFromAddrPort(p); err != nil || !bytes.Equal(p[:n], payload(MaxMessageSize, byte(i))) {
+							t.Errorf("read %d: %d bytes, %v", i, n, err)
+							return
+						}
+					}
+				})
+			}
+			wg.Wait()
+		})
+	}
+}
+
 func TestStackCloseStorm(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		net := simnet.ForTest(t, 17, simnet.Config{Link: simnet.LinkConfig{Delay: 100 * time.Microsecond, Loss: 0.01}})
