@@ -51,9 +51,9 @@ func TestLinkLocalUDP(t *testing.T) {
 				}
 			}
 			sgs := []verbs.SGE{{Length: 100, LKey: mr.LKey()}}
-			var from netip.AddrPort
+			from := make(chan netip.Addr, 1)
 			lis, err := d.Listen(77, func(r verbs.ConnRequest) {
-				from = r.Remote()
+				from <- r.Remote().Addr()
 				if _, err := r.Accept(t.Context(), tp.qp[1], verbs.ConnParam{}, func() error {
 					_, err := tp.qp[1].PostRecv([]verbs.RecvWR{{ID: 1, SGs: sgs}})
 					return err
@@ -76,8 +76,8 @@ func TestLinkLocalUDP(t *testing.T) {
 					t.Error(wc.Err())
 				}
 			}
-			if from.Addr() != addr {
-				t.Errorf("the request is from %v, want %v", from.Addr(), addr)
+			if a := <-from; a != addr {
+				t.Errorf("the request is from %v, want %v", a, addr)
 			}
 			if n := d.Stats()["rx_bad_source"]; n != 0 {
 				t.Errorf("%d packets were of a stranger", n)
