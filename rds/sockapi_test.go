@@ -219,7 +219,7 @@ func TestSendBufferShares(t *testing.T) {
 		}
 		synctest.Wait()
 		fineOnly := ta.unacked[5:]
-		ta.unacked = ta.unacked[:5]
+		ta.unacked = ta.unacked[:5:5] // the writers append
 		for _, s := range fineOnly {
 			s.o.Released(1, s.n, true)
 		}
@@ -752,6 +752,25 @@ func TestDialer(t *testing.T) {
 	}
 	if svc.local(addrA).ports.lookup(0) != nil {
 		t.Error("port 0 is bound")
+	}
+}
+
+// Of the addresses of a name a Dialer takes one that its LocalAddr can send to, as net.Dialer does.
+func TestDialerChooses(t *testing.T) {
+	six, four, mapped := netip.MustParseAddr("fd00::2"), netip.MustParseAddr("10.0.0.2"), netip.MustParseAddr("::ffff:10.0.0.2")
+	for _, tc := range []struct {
+		addrs      []netip.Addr
+		like, want netip.Addr
+	}{
+		{[]netip.Addr{six, four}, netip.Addr{}, six},
+		{[]netip.Addr{six, four}, addrA, four},
+		{[]netip.Addr{six, mapped}, addrA, mapped},
+		{[]netip.Addr{mapped, six}, six, six},
+		{[]netip.Addr{six}, addrA, six},
+	} {
+		if got := choose(tc.addrs, tc.like); got != tc.want {
+			t.Errorf("of %v, from %v: %v, want %v", tc.addrs, tc.like, got, tc.want)
+		}
 	}
 }
 
