@@ -28,12 +28,13 @@ type ListenConfig struct {
 	Timestamps, ReceiveLatency, RecvErr, CongestionMonitor bool
 }
 
-// ListenPacket binds a socket to address, "host:port" with an IP literal, a name of this host, or port 0 for any free one. The network is "rds",
-// "rds4" or "rds6". The net.PacketConn is a *Socket; the error is Service.ListenPacket's.
+// ListenPacket binds a socket to address, "host:port": an IP literal or a name of this host, which stands for the first of its
+// addresses, and a number, 0 for any free port. The network is "rds", "rds4" or "rds6". The net.PacketConn is a *Socket; the error is
+// Service.ListenPacket's, or a *net.DNSError inside an *OpError.
 //
 // There is no wildcard: RDS binds addresses (rds-protocol spec 1.2).
 func (lc *ListenConfig) ListenPacket(ctx context.Context, network, address string) (net.PacketConn, error) {
-	ap, err := resolve(ctx, nil, network, address)
+	ap, err := resolve(ctx, nil, network, address, netip.Addr{})
 	if err != nil {
 		return nil, &OpError{Op: "bind", Err: err}
 	}
@@ -106,7 +107,8 @@ type Dialer struct {
 
 // DialContext binds a socket and connects it to address, "host:port". The network is "rds", "rds4" or "rds6". The net.Conn is a *Socket.
 //
-// As with the kernel's connect nothing is sent: the peer need not be there, and others may send to the socket as well.
+// A name stands for the first of its addresses, of LocalAddr's IP version if there is one: none can be found out to be the wrong one,
+// since, as with the kernel's connect, nothing is sent. The peer need not be there, and others may send to the socket as well.
 func (d *Dialer) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
 	s, err := d.dial(ctx, network, address)
 	if err != nil {
@@ -126,7 +128,11 @@ func (d *Dialer) dial(ctx context.Context, network, address string) (*Socket, er
 		ctx, cancel = context.WithTimeout(ctx, d.Timeout)
 		defer cancel()
 	}
-	to, err := resolve(ctx, d.Resolver, network, address)
+	local, err := d.local()
+	if err != nil {
+		return nil, &OpError{Op: "dial", Err: err}
+	}
+	to, err := resolve(ctx, d.Resolver, network, address, local.Addr())
 	if err != nil {
 		return nil, &OpError{Op: "dial", Err: err}
 	}
@@ -140,12 +146,9 @@ func (d *Dialer) DialAddrPort(ctx context.Context, to netip.AddrPort) (*Socket, 
 	if err := checkConnect(to.Addr()); err != nil {
 		return fail(err)
 	}
-	var local netip.AddrPort
-	if d.LocalAddr != nil {
-		var err error
-		if local, err = toAddrPort(d.LocalAddr); err != nil {
-			return fail(err)
-		}
+	local, err := d.local()
+	if err != nil {
+		return fail(err)
 	}
 	if !local.Addr().IsValid() {
 		if d.Service == nil {
@@ -166,6 +169,14 @@ func (d *Dialer) DialAddrPort(ctx context.Context, to netip.AddrPort) (*Socket, 
 		return nil, err
 	}
 	return s, nil
+}
+
+// local is LocalAddr.
+func (d *Dialer) local() (netip.AddrPort, error) {
+	if d.LocalAddr == nil {
+		return netip.AddrPort{}, nil
+	}
+	return toAddrPort(d.LocalAddr)
 }
 
 // sourceFor is the address of this host that datagrams to remote should come from.
@@ -195,8 +206,8 @@ func (svc *Service) sourceFor(ctx context.Context, remote netip.Addr) (netip.Add
 	return unmap(c.LocalAddr().(*net.UDPAddr).AddrPort()).Addr(), nil
 }
 
-// resolve turns "host:port" into an address of the network.
-func resolve(ctx context.Context, r *net.Resolver, network, address string) (netip.AddrPort, error) {
+// resolve turns "host:port" into an address of the network, and of the IP version of like, if that is valid.
+func resolve(ctx context.Context, r *net.Resolver, network, address string, like netip.Addr) (netip.AddrPort, error) {
 	var none netip.AddrPort
 	family := "ip"
 	switch network {
@@ -214,7 +225,7 @@ func resolve(ctx context.Context, r *net.Resolver, network, address string) (net
 	}
 	port, err := strconv.ParseUint(service, 10, 16)
 	if err != nil {
-		return none, fmt.Errorf("%w: port %q", ErrInvalid, service)
+		return none, fmt.Errorf("%w: port %q is not a number up to 65535", ErrInvalid, service)
 	}
 	addr, err := netip.ParseAddr(host)
 	if err != nil {
@@ -231,11 +242,22 @@ func resolve(ctx context.Context, r *net.Resolver, network, address string) (net
 		if len(addrs) == 0 {
 			return none, errors.New("no address of " + host)
 		}
-		addr = addrs[0]
+		addr = choose(addrs, like)
 	}
 	addr = addr.Unmap()
 	if family == "ip4" && !addr.Is4() || family == "ip6" && !addr.Is6() {
 		return none, fmt.Errorf("%w: %v on network %s", ErrInvalid, addr, network)
 	}
 	return netip.AddrPortFrom(addr, uint16(port)), nil
+}
+
+// choose is the first of a name's addresses that may be used together with like, or the first of all: who is told what is wrong with it
+// knows more than who is told that there is none.
+func choose(addrs []netip.Addr, like netip.Addr) netip.Addr {
+	for _, a := range addrs {
+		if like.IsValid() && a.Unmap().Is4() == like.Is4() {
+			return a
+		}
+	}
+	return addrs[0]
 }
