@@ -1,10 +1,13 @@
 package main
 
 import (
+	"encoding/binary"
+	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"io"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path"
 	"slices"
@@ -108,9 +111,15 @@ func (h *host) run(c check) []finding {
 	return fs
 }
 
-// read is the text of a file, "" if it cannot be read.
+// read is the text of a file, "" if it cannot be read. Not fs.ReadFile, which begins with a read of one byte where the size is said to be 0:
+// what sysctl files have is read at once or not at all, so that of 4194304 there would be a 4.
 func (h *host) read(name string) string {
-	b, err := fs.ReadFile(h, name)
+	f, err := h.Open(name)
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	b, err := io.ReadAll(f)
 	if err != nil {
 		return ""
 	}
@@ -291,13 +300,27 @@ func checkPort(h *host) (out []finding) {
 	return out
 }
 
+// procAddr is an address as /proc/net has it: words of 32 bits in the machine's order.
+func procAddr(digits string) (netip.Addr, bool) {
+	b, err := hex.DecodeString(digits)
+	if err != nil || len(b)%4 != 0 {
+		return netip.Addr{}, false
+	}
+	for w := b; len(w) > 0; w = w[4:] {
+		binary.NativeEndian.PutUint32(w, binary.BigEndian.Uint32(w))
+	}
+	return netip.AddrFromSlice(b)
+}
+
 // portOwner is a finding about the socket that has addr ("0100007F:12B7").
 func (h *host) portOwner(addr, inode string) finding {
-	hex, _, _ := strings.Cut(addr, ":")
-	wildcard := strings.Trim(hex, "0") == ""
+	digits, _, _ := strings.Cut(addr, ":")
 	l, only := note, "   # if it should not have that address"
 	where := "on one address, which no other process can open"
-	if wildcard {
+	if a, ok := procAddr(digits); ok {
+		where = fmt.Sprintf("on %v, which no other process can open", a.Unmap())
+	}
+	if strings.Trim(digits, "0") == "" {
 		l, only, where = bad, "", "on every address: no softroce device can be opened"
 	}
 	for _, fd := range h.glob("proc/[0-9]*/fd/*") {
@@ -354,7 +377,11 @@ func checkNamespace(h *host) []finding {
 	init, err2 := fs.ReadLink(h.FS, "proc/1/ns/net")
 	switch {
 	case err1 != nil || err2 != nil:
-		return []finding{{Level: note, Text: "whether this is the initial network namespace cannot be told by who is not root", Mend: "sudo rdsctl doctor"}}
+		mend := "sudo rdsctl doctor"
+		if h.root { // of a container, say
+			mend = "nsenter --target 1 --all rdsctl doctor   # on the host"
+		}
+		return []finding{{Level: note, Text: "whether this is the initial network namespace cannot be told: /proc/1/ns/net is not for us", Mend: mend}}
 	case mine != init && len(h.glob("sys/class/infiniband/*")) > 0:
 		return []finding{{Level: warn, Text: "this is not the initial network namespace: RDMA devices may not be visible in it", Mend: "rdma system set netns shared"}}
 	case mine != init:

@@ -363,7 +363,10 @@ func TestDoctorConditions(t *testing.T) {
 		{"rmem", set("proc/sys/net/core/rmem_max", "212992"), "buffers", warn, "212992", "sysctl -w net.core.rmem_max=8388608"},
 		{"wmem", set("proc/sys/net/core/wmem_max", "212992"), "buffers", warn, "212992", "sysctl -w net.core.wmem_max=1048576"},
 		{"port taken everywhere", udp("00000000"), "port", bad, "77 (oracle)", "kill 77"},
-		{"port taken on one address", udp("0100007F"), "port", note, "77 (oracle)", "kill 77"},
+		{"port taken on one address", udp("0100007F"), "port", note, "77 (oracle) on 127.0.0.1,", "kill 77"},
+		{"port taken on one IPv6 address", func(m fstest.MapFS) {
+			m["proc/net/udp6"] = file("  1: 000080FE00000000FF00FC0001000000:12B7 00000000000000000000000000000000:0000 07 00000000:00000000 00:00000000 00000000     0        0 4711 2 0 0\n")
+		}, "port", note, "77 (oracle) on fe80::fc:ff:0:1,", "kill 77"},
 		{"port of rxe", func(m fstest.MapFS) {
 			udp("00000000")(m)
 			drop("proc/77")(m)
@@ -457,6 +460,19 @@ func TestDoctorMendsModprobe(t *testing.T) {
 	}
 	if text := h.read("etc/modprobe.d/x.conf"); !strings.Contains(text, "\nblacklist rds_tcp\n") {
 		t.Errorf("also: %s", text)
+	}
+}
+
+// Numbers that sysctl files have are read whole.
+func TestDoctorRealSysctl(t *testing.T) {
+	const name = "proc/sys/net/core/rmem_max"
+	b, err := os.ReadFile("/" + name)
+	if err != nil {
+		t.Skip(err)
+	}
+	h := &host{FS: os.DirFS("/")}
+	if got, want := h.read(name), strings.TrimSpace(string(b)); got != want {
+		t.Errorf("%q, want %q", got, want)
 	}
 }
 
