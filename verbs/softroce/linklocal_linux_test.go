@@ -51,15 +51,15 @@ func TestLinkLocalUDP(t *testing.T) {
 				}
 			}
 			sgs := []verbs.SGE{{Length: 100, LKey: mr.LKey()}}
-			from := make(chan netip.Addr, 1)
+			accepted := make(chan netip.Addr, 1)
 			lis, err := d.Listen(77, func(r verbs.ConnRequest) {
-				from <- r.Remote().Addr()
 				if _, err := r.Accept(t.Context(), tp.qp[1], verbs.ConnParam{}, func() error {
 					_, err := tp.qp[1].PostRecv([]verbs.RecvWR{{ID: 1, SGs: sgs}})
 					return err
 				}); err != nil {
 					t.Error(err)
 				}
+				accepted <- r.Remote().Addr()
 			})
 			if err != nil {
 				t.Fatal(err)
@@ -76,7 +76,7 @@ func TestLinkLocalUDP(t *testing.T) {
 					t.Error(wc.Err())
 				}
 			}
-			if a := <-from; a != addr {
+			if a := <-accepted; a != addr {
 				t.Errorf("the request is from %v, want %v", a, addr)
 			}
 			if n := d.Stats()["rx_bad_source"]; n != 0 {
