@@ -211,15 +211,15 @@ func (f *flow) Released(msgs, bytes int, _ bool) {
 	}
 }
 
-// refund takes back what an offer has charged and the connection did not take. Another write may have found the buffer
-// full because of it.
+// refund takes back what an offer has charged and the connection did not take. Because of it another write may have found the buffer
+// full, or an acknowledgement too little room to wake one.
 func (f *flow) refund(delta uint64) {
 	s := f.s
 	own, total := f.discharge(delta)
-	if !s.writers.empty() && s.full(total+delta) && !s.full(total) {
+	if !s.writers.empty() && !s.roomy(total+delta) && !s.full(total) {
 		s.writers.wakeOne()
 	}
-	if !f.writers.empty() && s.fullShare(own+delta) && !s.fullShare(own) {
+	if !f.writers.empty() && !s.roomyShare(own+delta) && !s.fullShare(own) {
 		f.writers.wakeOne()
 	}
 }

@@ -70,6 +70,56 @@ func TestWakeIsPassedOn(t *testing.T) {
 	}
 }
 
+// TestRefundWakes: an offer that a connection refuses for want of memory has taken room for a moment. An acknowledgement in that moment found too little
+// to wake anybody for, and may have been the last.
+func TestRefundWakes(t *testing.T) {
+	for _, shared := range []bool{false, true} {
+		n := newFakeNet()
+		svc, _ := n.open(t, Config{SendBuffer: 1200})
+		a := bind(t, svc, ap(addrA, 4000))
+		f, err := a.flow(addrB, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		q, size := &a.writers, uint64(1200)
+		if shared { // half of it, a flow's share
+			if f, err = a.flow(netip.MustParseAddr("10.0.0.3"), 0); err != nil {
+				t.Fatal(err)
+			}
+			q, size = &f.writers, 600
+		}
+		charge := func(n uint64) {
+			t.Helper()
+			if _, err := f.charge(outOne | n); err != nil {
+				t.Fatal(err)
+			}
+		}
+		w := newWaiter()
+		wait := func() {
+			t.Helper()
+			if _, err := f.charge(outOne | 1); err == nil {
+				t.Fatal("there is room")
+			}
+			q.add(w)
+		}
+		charge(size / 2)
+		charge(size / 2)
+		wait()
+		f.Released(1, int(size/2), true)
+		<-w.wake
+		x := outOne | size*5/6
+		charge(size * 5 / 6) // by somebody who was faster
+		wait()
+		f.Released(1, int(size/2), true) // all that is really out
+		f.refund(x)
+		select {
+		case <-w.wake:
+		default:
+			t.Errorf("shared %v: a writer sleeps, and the buffer is empty: %d", shared, a.unacked())
+		}
+	}
+}
+
 // ackAtOnce acknowledges the n oldest messages, as one.
 func (tr *fakeTransport) ackAtOnce(n int) {
 	tr.mu.Lock()
