@@ -21,7 +21,8 @@ type infoFlags struct {
 	tcp     bool
 	verbose bool
 	json    bool
-	watch   time.Duration
+	watch   string        // as it was given
+	every   time.Duration // 0: once
 	pid     int
 }
 
@@ -31,7 +32,8 @@ func newInfo(c *common, stdout, stderr io.Writer) *cobra.Command {
 		Use:   "info",
 		Short: "Show counters, sockets, connections and queues",
 		Long: `info shows what the RDS of each process holds, in the columns of rds-info and under its options; without one of
-them, everything. Processes are found by their sockets; a process that has none (package rds/rdsdebug) is not seen.`,
+them, everything. Processes are found by their sockets; a process that has none (package rds/rdsdebug) is not seen. That there is none at
+all is no error; that the one with --pid is not there, or has ended under --watch, is.`,
 		Example: "  rdsctl info -n\n  rdsctl info -c --watch 1s\n  rdsctl info --json | jq '.[].connections'",
 		Args:    noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -57,7 +59,7 @@ them, everything. Processes are found by their sockets; a process that has none 
 	fl.BoolVarP(&f.tcp, "tcp", "T", false, "TCP connections: there are none, the option is rds-info's")
 	fl.BoolVarP(&f.verbose, "verbose", "v", false, "more columns with -I")
 	fl.BoolVar(&f.json, "json", false, "a JSON array with an object per process")
-	fl.DurationVar(&f.watch, "watch", 0, "again after each interval, until interrupted; as JSON one array per line")
+	fl.StringVar(&f.watch, "watch", "", "again after each `interval`, in seconds or with a unit (500ms), until interrupted; as JSON one array per line")
 	fl.IntVar(&f.pid, "pid", 0, "only this process")
 	return cmd
 }
@@ -75,17 +77,20 @@ func (f *infoFlags) items() (items rds.InfoItems) {
 }
 
 func (f *infoFlags) run(ctx context.Context, stdout, stderr io.Writer) error {
-	if f.watch < 0 {
-		return usageError{fmt.Errorf("--watch %v", f.watch)}
+	if f.watch != "" {
+		var err error
+		if f.every, err = parseInterval(f.watch); err != nil {
+			return usageError{fmt.Errorf("--watch: %w", err)}
+		}
 	}
 	for {
 		if err := f.show(ctx, stdout, stderr); err != nil {
 			return err
 		}
-		if f.watch == 0 {
+		if f.every == 0 {
 			return nil
 		}
-		t := time.NewTimer(f.watch)
+		t := time.NewTimer(f.every)
 		select {
 		case <-t.C:
 		case <-ctx.Done():
@@ -112,18 +117,21 @@ func (f *infoFlags) show(ctx context.Context, stdout, stderr io.Writer) error {
 			all = append(all, in)
 		}
 	}
+	if f.pid != 0 && len(all) == 0 {
+		return f.nobody(f.pid)
+	}
 	if f.json {
 		enc := json.NewEncoder(stdout)
-		if f.watch == 0 {
+		if f.every == 0 {
 			enc.SetIndent("", "  ")
 		}
 		return enc.Encode(all)
 	}
 	if len(all) == 0 {
-		fmt.Fprintf(stderr, "rdsctl: no process with a socket in %s\n", strings.Join(f.dirs, ", "))
+		fmt.Fprintln(stderr, "rdsctl:", f.nobody(0))
 	}
 	for _, in := range all {
-		if len(all) > 1 || f.watch > 0 {
+		if len(all) > 1 || f.every > 0 {
 			fmt.Fprintf(stdout, "\n%s, process %d, %s\n", printable(in.Program), in.PID, in.Time.Format("15:04:05.000"))
 		}
 		if f.tcp {

@@ -19,6 +19,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"strings"
 	"syscall"
 
@@ -73,15 +74,29 @@ func newCommand(stdout, stderr io.Writer) *cobra.Command {
 		Long:          "rdsctl shows and tries what processes that use Reliable Datagram Sockets (package rds) are doing on this host.",
 		SilenceErrors: true,
 		SilenceUsage:  true,
-		Args:          noArgs,
-		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+		Version:       version(),
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return usageError{fmt.Errorf("%q is no command: see rdsctl --help", args[0])}
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.SetOut(stdout)
 	root.SetErr(stderr)
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.PersistentFlags().StringSliceVar(&c.dirs, "dir", rdsdebug.RuntimeDirs(), "where processes have their sockets")
-	root.AddCommand(newInfo(&c, stdout, stderr), newPing(&c, stdout), newDoctor(stdout), newTrace(&c, stdout, stderr), newMan())
+	root.AddCommand(newInfo(&c, stdout, stderr), newPing(&c, stdout, stderr), newDoctor(stdout), newTrace(&c, stdout, stderr), newMan())
 	return root
+}
+
+// version is what the go command knows of the module: that of a release, or of a commit.
+func version() string {
+	if b, ok := debug.ReadBuildInfo(); ok && b.Main.Version != "" {
+		return b.Main.Version
+	}
+	return "(devel)"
 }
 
 func noArgs(_ *cobra.Command, args []string) error {
@@ -89,6 +104,15 @@ func noArgs(_ *cobra.Command, args []string) error {
 		return usageError{fmt.Errorf("unexpected argument %q", args[0])}
 	}
 	return nil
+}
+
+// nobody is the error that there is no process to look into, with this pid if it is not 0.
+func (c *common) nobody(pid int) error {
+	who := "process"
+	if pid != 0 {
+		who = fmt.Sprintf("process %d", pid)
+	}
+	return fmt.Errorf("no %s with a socket in %s", who, strings.Join(c.dirs, ", "))
 }
 
 // clients are those of all processes found.

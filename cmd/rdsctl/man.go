@@ -24,7 +24,8 @@ func newMan() *cobra.Command {
 				return err
 			}
 			root := cmd.Root()
-			root.DisableAutoGenTag = true // the same text for the same program
+			root.DisableAutoGenTag = true                                    // the same text for the same program,
+			root.PersistentFlags().Lookup("dir").DefValue = "[/run/openrds]" // whoever writes it
 			return doc.GenManTree(root, &doc.GenManHeader{Title: "RDSCTL", Section: "1", Source: "OpenRDS", Manual: "OpenRDS"}, args[0])
 		},
 	}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -25,7 +26,7 @@ type pingFlags struct {
 	rocePort uint16
 }
 
-func newPing(c *common, stdout io.Writer) *cobra.Command {
+func newPing(c *common, stdout, stderr io.Writer) *cobra.Command {
 	f := pingFlags{common: c}
 	cmd := &cobra.Command{
 		Use:   "ping DESTINATION",
@@ -33,15 +34,18 @@ func newPing(c *common, stdout io.Writer) *cobra.Command {
 		Long: `ping sends empty datagrams to port 0 of a host, which its RDS answers, kernel or not, whatever applications do.
 
 If a running process owns the source address, the ping goes through that process and its connection; otherwise rdsctl opens the
-address itself. Without -I the source is the address from which the host reaches the destination.`,
+address itself. Without -I the source is the address from which the host reaches the destination.
+
+Standard output has a line per reply, as rds-ping's. How many were missing at the end is said on standard error; the exit status is 1 if
+all were.`,
 		Example: "  rdsctl ping -c 3 10.0.0.2\n  rdsctl ping -i 10ms -I 10.0.0.1 10.0.0.2",
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) != 1 {
-				return usageError{fmt.Errorf("ping needs one destination")}
+				return usageError{errors.New("ping needs one destination, as in: rdsctl ping 10.0.0.2")}
 			}
 			return nil
 		},
-		RunE: func(cmd *cobra.Command, args []string) error { return f.run(cmd.Context(), args[0], stdout) },
+		RunE: func(cmd *cobra.Command, args []string) error { return f.run(cmd.Context(), args[0], stdout, stderr) },
 	}
 	fl := cmd.Flags()
 	fl.IntVarP(&f.cfg.Count, "count", "c", 0, "pings to send; 0: until interrupted")
@@ -63,32 +67,42 @@ func parseInterval(s string) (time.Duration, error) {
 	}
 	d, err := time.ParseDuration(s)
 	if err != nil || d <= 0 {
-		return 0, usageError{fmt.Errorf("interval %q", s)}
+		return 0, fmt.Errorf("%q is no time above 0, like 1, 0.5, 500ms or 100us", s)
 	}
 	return d, nil
 }
 
-func (f *pingFlags) run(ctx context.Context, dest string, stdout io.Writer) (err error) {
+func (f *pingFlags) run(ctx context.Context, dest string, stdout, stderr io.Writer) (err error) {
 	if f.cfg.Interval, err = parseInterval(f.interval); err != nil {
-		return err
+		return usageError{fmt.Errorf("--interval: %w", err)}
 	}
 	if f.cfg.Count < 0 {
-		return usageError{fmt.Errorf("count %d", f.cfg.Count)}
+		return usageError{fmt.Errorf("--count: %d is less than 0", f.cfg.Count)}
+	}
+	if f.cfg.Wait <= 0 {
+		return usageError{fmt.Errorf("--wait: %v is not positive", f.cfg.Wait)}
 	}
 	if f.cfg.Dest, err = resolve(ctx, dest); err != nil {
 		return err
 	}
 	if f.source != "" {
 		if f.cfg.Source, err = netip.ParseAddr(f.source); err != nil {
-			return usageError{err}
+			return usageError{fmt.Errorf("--source: %q is no address", f.source)}
 		}
+		f.cfg.Source = f.cfg.Source.Unmap()
 	} else if f.cfg.Source, err = sourceFor(f.cfg.Dest); err != nil {
 		return err
+	}
+	if f.cfg.Source.Is4() != f.cfg.Dest.Is4() {
+		return usageError{fmt.Errorf("source %v and destination %v are of different IP versions", f.cfg.Source, f.cfg.Dest)}
 	}
 	report := func(r rdsping.Reply) { fmt.Fprintln(stdout, r.Line(f.cfg.Dest)) }
 	sum, err := f.ping(ctx, report)
 	if err != nil {
 		return err
+	}
+	if sum.Received < sum.Sent {
+		fmt.Fprintf(stderr, "rdsctl: %v answered %d of %d pings from %v\n", f.cfg.Dest, sum.Received, sum.Sent, f.cfg.Source)
 	}
 	if sum.Received == 0 {
 		return errFailed

@@ -134,13 +134,21 @@ func TestInfo(t *testing.T) {
 	if _, errs, code := rdsctl(t.Context(), "--dir", t.TempDir(), "info"); code != 0 || !strings.Contains(errs, "no process") {
 		t.Errorf("nobody there: status %d, %q", code, errs)
 	}
+	if out, errs, code := rdsctl(t.Context(), "--dir", dir, "info", "--json", "--pid", "1"); code != 1 || out != "" || !strings.Contains(errs, "no process 1 with") {
+		t.Errorf("another process: status %d, %q, %q", code, out, errs)
+	}
+	for _, every := range []string{"0", "-1s", "soon"} {
+		if _, errs, code := rdsctl(t.Context(), "--dir", dir, "info", "--watch", every); code != 2 || !strings.Contains(errs, "--watch") {
+			t.Errorf("--watch %s: status %d, %q", every, code, errs)
+		}
+	}
 	if got := printable("a\x1b]0;b\x07\n\u00e4\xff"); got != "a?]0;b?\n\u00e4\ufffd" {
 		t.Errorf("printable: %q", got)
 	}
 	// --watch goes on until it is interrupted.
 	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 	defer cancel()
-	if out, _, code := rdsctl(ctx, "--dir", dir, "info", "-c", "--watch", "10ms"); code != 0 || strings.Count(out, "Counters:") < 4 {
+	if out, _, code := rdsctl(ctx, "--dir", dir, "info", "-c", "--watch", "0.01"); code != 0 || strings.Count(out, "Counters:") < 4 {
 		t.Errorf("status %d, %d times", code, strings.Count(out, "Counters:"))
 	}
 }
@@ -157,10 +165,13 @@ func TestPing(t *testing.T) {
 	if code != 0 || strings.Count(out, " usec\n") != 2 {
 		t.Errorf("status %d: %q %q", code, out, errs)
 	}
-	if out, _, code := rdsctl(t.Context(), "--dir", dir, "ping", "-c", "1", "--wait", "10ms", "-I", "127.0.0.97", "--roce-port", fmt.Sprint(port), "127.0.0.98"); code != 1 || out != "" {
-		t.Errorf("nobody answers: status %d, %q", code, out)
+	// Who does not answer is not in the output, which is rds-ping's, but said.
+	out, errs, code = rdsctl(t.Context(), "--dir", dir, "ping", "-c", "1", "--wait", "10ms", "-I", "127.0.0.97", "--roce-port", fmt.Sprint(port), "127.0.0.98")
+	if code != 1 || out != "" || errs != "rdsctl: 127.0.0.98 answered 0 of 1 pings from 127.0.0.97\n" {
+		t.Errorf("nobody answers: status %d, %q, %q", code, out, errs)
 	}
-	for _, c := range [][]string{{"ping"}, {"ping", "-i", "0", "127.0.0.1"}, {"ping", "-i", "x", "127.0.0.1"}, {"ping", "-c", "-1", "127.0.0.1"}, {"ping", "-I", "me", "127.0.0.1"}, {"ping", "--none", "127.0.0.1"}} {
+	for _, c := range [][]string{{"ping"}, {"ping", "-i", "0", "127.0.0.1"}, {"ping", "-i", "x", "127.0.0.1"}, {"ping", "-c", "-1", "127.0.0.1"}, {"ping", "-I", "me", "127.0.0.1"},
+		{"ping", "--none", "127.0.0.1"}, {"ping", "--wait", "-1s", "127.0.0.1"}, {"ping", "-I", "::1", "127.0.0.1"}} {
 		if _, errs, code := rdsctl(t.Context(), c...); code != 2 || errs == "" {
 			t.Errorf("%v: status %d, %q", c, code, errs)
 		}
@@ -182,8 +193,14 @@ func TestTrace(t *testing.T) {
 	defer cancel()
 	traffic(t, sock)
 	file := filepath.Join(t.TempDir(), "x.pcapng")
+	if err := os.WriteFile(file, []byte("an old one"), 0o644); err != nil {
+		t.Fatal(err)
+	}
 	if _, errs, code := rdsctl(ctx, "--dir", dir, "trace", "-w", file, "-n", "25"); code != 2 || !strings.Contains(errs, "--pid") {
 		t.Errorf("two to choose from: status %d, %q", code, errs)
+	}
+	if b, err := os.ReadFile(file); string(b) != "an old one" {
+		t.Errorf("a trace that was none left %q of the old one, %v", b, err)
 	}
 	// Both Services are of this process: --pid does not tell them apart, their addresses do.
 	for _, c := range []struct {
@@ -194,6 +211,7 @@ func TestTrace(t *testing.T) {
 		{[]string{"--pid", fmt.Sprint(os.Getpid())}, 2, "--addr"},
 		{[]string{"--addr", "127.0.0.94"}, 1, "has 127.0.0.94"},
 		{[]string{"--addr", "here"}, 2, "here"},
+		{[]string{"--addr", "127.0.0.95", "--pid", "1"}, 1, "no process"},
 		{[]string{"--addr", "127.0.0.95", "-n", "25"}, 0, "25 packets"},
 	} {
 		if _, errs, code := rdsctl(ctx, append([]string{"--dir", dir, "trace", "-w", file}, c.args...)...); code != c.code || !strings.Contains(errs, c.errs) {
@@ -249,8 +267,9 @@ func TestTraceTshark(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if n, _, err := trace(ctx, rdsdebug.NewClient(paths[0]), f, packets, full); err != nil || n != packets || f.Close() != nil {
-			t.Fatalf("%d packets, %v", n, err)
+		sum, err := trace(ctx, rdsdebug.NewClient(paths[0]), f, packets, full)
+		if err != nil || sum.packets != packets || sum.cut > 0 == full || f.Close() != nil {
+			t.Fatalf("full %v: %+v, %v", full, sum, err)
 		}
 		cmd := exec.CommandContext(ctx, tshark, "-n", "-r", file, "-o", fmt.Sprintf("infiniband.rroce.port:%d", port), "--disable-protocol", "rpcordma,smb_direct,nvme-rdma,iser,lnet,smc", "-T", "fields", "-E", "separator=/s", "-E", "occurrence=f",
 			"-e", "ip.src", "-e", "ip.dst", "-e", "infiniband.bth.opcode", "-e", "infiniband.bth.destqp", "-e", "_ws.malformed", "-e", "ip.checksum.status")
@@ -287,6 +306,22 @@ func TestMan(t *testing.T) {
 		if b, err := os.ReadFile(filepath.Join(dir, name)); err != nil || !bytes.Contains(b, []byte(".TH \"RDSCTL")) {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+	t.Setenv(rdsdebug.RuntimeDirVar, "/somewhere/else")
+	again := t.TempDir()
+	if _, errs, code := rdsctl(t.Context(), "man", again); code != 0 {
+		t.Fatal(errs)
+	}
+	one, err1 := os.ReadFile(filepath.Join(dir, "rdsctl-info.1"))
+	two, err2 := os.ReadFile(filepath.Join(again, "rdsctl-info.1"))
+	if err1 != nil || err2 != nil || !bytes.Equal(one, two) {
+		t.Errorf("the manual depends on who writes it: %v, %v\n%s", err1, err2, two)
+	}
+	if _, errs, code := rdsctl(t.Context(), "pong"); code != 2 || !strings.Contains(errs, `"pong" is no command`) {
+		t.Errorf("pong: status %d, %q", code, errs)
+	}
+	if out, _, code := rdsctl(t.Context(), "--version"); code != 0 || !strings.HasPrefix(out, "rdsctl version ") {
+		t.Errorf("--version: status %d, %q", code, out)
 	}
 	if out, _, code := rdsctl(t.Context(), "completion", "bash"); code != 0 || !strings.Contains(out, "__start_rdsctl") {
 		t.Errorf("completion: status %d", code)

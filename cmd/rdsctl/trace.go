@@ -34,7 +34,10 @@ func newTrace(c *common, stdout, stderr io.Writer) *cobra.Command {
 		Use:   "trace",
 		Short: "Write a process's RoCE packets as pcapng",
 		Long: `trace writes the packets of a process's softroce devices as a pcapng file that Wireshark reads (InfiniBand dissector, UDP port
-4791). It needs no rights on interfaces, sees loopback, and sees trains taken apart as the wire would.`,
+4791). It needs no rights on interfaces, sees loopback, and sees trains taken apart as the wire would.
+
+Of each packet the first 256 bytes behind the UDP header are kept, RDS's own header included. Wireshark calls packets that are longer
+malformed: --full is for its eyes.`,
 		Example: "  rdsctl trace -w rds.pcapng -n 10000\n  rdsctl trace -w - | wireshark -k -i -",
 		Args:    noArgs,
 		RunE:    func(cmd *cobra.Command, _ []string) error { return f.run(cmd.Context(), stdout, stderr) },
@@ -55,10 +58,9 @@ func (f *traceFlags) run(ctx context.Context, stdout, stderr io.Writer) (err err
 	var addr netip.Addr
 	if f.addr != "" {
 		if addr, err = netip.ParseAddr(f.addr); err != nil {
-			return usageError{err}
+			return usageError{fmt.Errorf("--addr: %q is no address", f.addr)}
 		}
 	}
-	out := stdout
 	switch f.out {
 	case "":
 		return usageError{errors.New("trace needs --write FILE (- for standard output)")}
@@ -66,24 +68,32 @@ func (f *traceFlags) run(ctx context.Context, stdout, stderr io.Writer) (err err
 		if file, ok := stdout.(*os.File); ok && term.IsTerminal(int(file.Fd())) {
 			return usageError{errors.New("a trace is not for a terminal")}
 		}
-	default:
-		file, err := os.Create(f.out)
-		if err != nil {
-			return err
-		}
-		defer func() { err = errors.Join(err, file.Close()) }()
-		out = file
 	}
 	c, err := f.client(ctx, addr.Unmap())
 	if err != nil {
 		return err
 	}
-	n, missed, err := trace(ctx, c, out, f.packets, f.full)
-	fmt.Fprintf(stderr, "rdsctl: %d packets", n)
-	if missed > 0 {
-		fmt.Fprintf(stderr, ", %d missed", missed)
+	out := stdout
+	if f.out != "-" { // not earlier: without a process an old trace stays
+		file, err := os.Create(f.out)
+		if err != nil {
+			return err
+		}
+		defer file.Close()
+		out = file
+	}
+	sum, err := trace(ctx, c, out, f.packets, f.full)
+	fmt.Fprintf(stderr, "rdsctl: %d packets", sum.packets)
+	if sum.missed > 0 {
+		fmt.Fprintf(stderr, ", %d missed", sum.missed)
+	}
+	if sum.cut > 0 {
+		fmt.Fprintf(stderr, ", %d cut (--full keeps all of them; Wireshark calls these malformed)", sum.cut)
 	}
 	fmt.Fprintln(stderr)
+	if file, ok := out.(*os.File); ok && f.out != "-" {
+		err = errors.Join(err, file.Close())
+	}
 	return err
 }
 
@@ -110,19 +120,25 @@ func (f *traceFlags) client(ctx context.Context, addr netip.Addr) (*rdsdebug.Cli
 		if addr.IsValid() {
 			return nil, fmt.Errorf("no process with a socket in %s has %v", strings.Join(f.dirs, ", "), addr)
 		}
-		return nil, fmt.Errorf("no process with a socket in %s", strings.Join(f.dirs, ", "))
+		return nil, f.nobody(f.pid)
 	case 1:
 		return found[0], nil
 	}
 	return nil, usageError{fmt.Errorf("several to choose from, with --pid or --addr: %s", strings.Join(names, "; "))}
 }
 
+// traceSummary is what came of a trace: packets written, those of them that are not whole, and those that came too fast.
+type traceSummary struct {
+	packets, cut int
+	missed       uint64
+}
+
 // trace copies packets from c to w, as pcapng.
-func trace(ctx context.Context, c *rdsdebug.Client, w io.Writer, packets int, full bool) (n int, missed uint64, err error) {
+func trace(ctx context.Context, c *rdsdebug.Client, w io.Writer, packets int, full bool) (sum traceSummary, err error) {
 	pr, pw := io.Pipe()
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() (err error) {
-		missed, err = c.Trace(ctx, pw, packets, full)
+		sum.missed, err = c.Trace(ctx, pw, packets, full)
 		pw.CloseWithError(err)
 		return err
 	})
@@ -152,9 +168,12 @@ func trace(ctx context.Context, c *rdsdebug.Client, w io.Writer, packets int, fu
 			if err := ng.WritePacket(ci, data); err != nil {
 				return err
 			}
-			n++
+			sum.packets++
+			if ci.CaptureLength < ci.Length {
+				sum.cut++
+			}
 		}
 	})
 	err = g.Wait()
-	return n, missed, err
+	return sum, err
 }
