@@ -162,3 +162,26 @@ func TestLongListsUDP(t *testing.T) {
 		t.Errorf("%d trains were refused", s["tx_errors"])
 	}
 }
+
+// TestReprobeWhileFull: nothing is built on a batch that waits for the socket, a probe that is due after a page fault neither.
+func TestReprobeWhileFull(t *testing.T) {
+	script(t, func(tc *testContext) {
+		tc.full(true)
+		tc.post(send(1, tc.sge(0, 10)))
+		d, q := tc.dev, tc.qp.(*qp)
+		d.role.Lock()
+		n := len(d.tx.trains)
+		for range 2 {
+			q.reprobe = true
+			d.runRequester(q)
+		}
+		if !d.tx.blocked || d.tx.open || len(d.tx.trains) != n {
+			t.Errorf("%d trains wait, and %v is open; there were %d", len(d.tx.trains), d.tx.open, n)
+		}
+		d.role.Unlock()
+		tc.full(false)
+		tc.want("what waited", roce.RCSendOnly, tx(0))
+		tc.want("the probe", roce.RCSendOnly, tx(0))
+		tc.wantIdle("")
+	})
+}

@@ -96,6 +96,10 @@ func (d *device) runRequester(q *qp) (more bool) {
 		d.goBack(q, d.resumePSN(q), false)
 	}
 	if q.reprobe {
+		if !d.tx.ready() {
+			d.queueTX(q)
+			return false
+		}
 		q.reprobe = false
 		if d.probe(q); q.State() == verbs.StateErr || q.txFault.waiting {
 			return false
