@@ -59,7 +59,7 @@ func (p *Provider) openDevices() []*device {
 // awaitStep returns when the step in progress, if any, has ended.
 func (d *device) awaitStep() {
 	d.role.Lock()
-	defer d.role.Unlock()
+	d.unlockRole()
 }
 
 // traceIn shows received trains. Engine role.
