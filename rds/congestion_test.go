@@ -461,3 +461,31 @@ func TestPeersGo(t *testing.T) {
 		sb.Close() // abandons the hello
 	})
 }
+
+// TestCongestionEnds: a reader takes the last datagram before its deliverer has accounted for it, and somebody looks at the queue at that moment. An
+// empty queue is not congested then either, though nobody reads any more.
+func TestCongestionEnds(t *testing.T) {
+	n := newFakeNet()
+	sb, _ := n.open(t, Config{ReceiveBuffer: 1000})
+	b := bind(t, sb, ap(addrB, 5000))
+	p, q := sb.peerOf(addrB, addrA), &b.q
+	payload := make([]byte, 2000)
+	m := conn.Incoming{DstPort: 5000, Len: len(payload), First: conn.Frag{Data: payload}}
+	r := run{s: b, wake: true, msgs: 1, bytes: 2000, charge: chargeOf(2000)}
+	q.inMu.Lock()
+	q.pushLocked(source32{p.index, 0}, &m)
+	p.queued.Add(r.charge)
+	q.inMu.Unlock()
+	if _, _, st := b.tryRead(payload); st != complete {
+		t.Fatal(st)
+	}
+	q.readMu.Lock() // MsgPeek, or a poll
+	r.end()
+	q.readMu.Unlock()
+	if q.congested.Load() || n.congested[b.AddrPort()] {
+		t.Error("senders wait for an empty queue")
+	}
+	if n, c := q.bytes.Load(), q.charge.Load(); n != 0 || c != 0 {
+		t.Errorf("%d bytes, charge %d in an empty queue", n, c)
+	}
+}

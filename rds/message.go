@@ -207,10 +207,12 @@ func (s *Socket) lendLocked(m *Message, b *block, data []byte) []byte {
 
 // unlockRead ends a read: if the port is congested that may be over, and if there is more to read the next
 // reader may have it.
+//
+// What is left unaccounted is less than what ends congestion, and the bit is looked at after the accounts; who sets it looks at the accounts
+// after that (updateCongestion). So one of the two sees that the queue is empty, whoever else holds it up.
 func (s *Socket) unlockRead() {
 	q := &s.q
-	congested := q.congested.Load()
-	if congested {
+	if q.congested.Load() || q.done.bytes >= s.rcvbuf.Load()/2 {
 		q.flushLocked()
 	}
 	more := q.moreLocked()
@@ -221,7 +223,7 @@ func (s *Socket) unlockRead() {
 	} else if !more {
 		s.settle(false)
 	}
-	if congested && s.relaxed(q.bytes.Load(), q.charge.Load()) {
+	if q.congested.Load() && s.relaxed(q.bytes.Load(), q.charge.Load()) {
 		s.updateCongestion()
 	}
 }
