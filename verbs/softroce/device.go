@@ -345,11 +345,11 @@ func (d *device) Close() error {
 	}
 	d.closed = true
 	d.mu.Unlock()
-	// 1. CM: says DREQ or REJ for what is open, as far as the socket takes it.
+	// 1. CM: says DREQ or REJ for what is open ...
 	d.cm.close()
-	d.runTX()
-	// 2. The engine.
+	// 2. ... and the engine, as far as the socket takes it.
 	d.role.Lock()
+	d.step(postStep)
 	d.closing = true
 	d.role.Unlock()
 	d.conn.Wake()
