@@ -45,7 +45,7 @@ func TestStressRootIPv6(t *testing.T) {
 		if name != "rds0" {
 			continue
 		}
-		for _, a := range []string{"fd00::51", "fd00::52", "10.0.0.51", "10.0.0.52"} {
+		for _, a := range []string{"fd00::51", "fd00::52", "fe80::51", "fe80::52", "10.0.0.51", "10.0.0.52"} {
 			ip := netip.MustParseAddr(a)
 			must(netlink.AddrAdd(l, &netlink.Addr{IPNet: &net.IPNet{IP: ip.AsSlice(), Mask: net.CIDRMask(ip.BitLen(), ip.BitLen())}, Flags: unix.IFA_F_NODAD}))
 		}
@@ -57,6 +57,8 @@ func TestStressRootIPv6(t *testing.T) {
 		also                  func(*stress)
 	}{
 		{"RDMA", "fd00::52", "fd00::51", "on [fd00::51]:4300\naccepted connection from [fd00::52]:", func(o *stressOptions) { o.RDMASize, o.Depth = 5000, 3 }, nil},
+		{"link-local", "fe80::52%rds0", "fe80::51%rds0", "on [fe80::51%rds0]:4300\naccepted connection from [fe80::52%rds0]:", func(o *stressOptions) { o.SendAddr = o.SendAddr.WithZone("") }, nil},
+		{"anybody, link-local", "fe80::52%rds0", "fe80::51%rds0", " on [fe80::51%rds0]:4300\nnegotiated", func(*stressOptions) {}, anybody},
 		{"anybody", "fd00::52", "fd00::51", " on [fd00::51]:4300\nnegotiated", func(*stressOptions) {}, anybody},
 		{"anybody, who has IPv4", "10.0.0.52", "10.0.0.51", " on 10.0.0.51:4300\nnegotiated", func(*stressOptions) {}, anybody},
 	} {
