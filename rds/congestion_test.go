@@ -489,3 +489,35 @@ func TestCongestionEnds(t *testing.T) {
 		t.Errorf("%d bytes, charge %d in an empty queue", n, c)
 	}
 }
+
+// TestCloseEndsCongestionFirst: a socket that closes leaves its port uncongested to the next one, whose own congestion it does not end.
+func TestCloseEndsCongestionFirst(t *testing.T) {
+	n := newFakeNet()
+	sb, tb := n.open(t, Config{ReceiveBuffer: 1000})
+	b := bind(t, sb, ap(addrB, 5000))
+	crowd := func() { deliverTo(sb, addrB, addrA, 1, 5000, make([]byte, 2000)) }
+	crowd()
+	if !n.congested[b.AddrPort()] {
+		t.Fatal("not congested")
+	}
+	var next *Socket
+	again := func() {
+		s, err := sb.ListenAddrPort(context.Background(), b.AddrPort())
+		if err != nil {
+			return // not yet
+		}
+		next = s
+		crowd()
+	}
+	tb.congest = func() {
+		tb.congest = nil
+		again()
+	}
+	b.Close()
+	if next == nil {
+		again()
+	}
+	if next == nil || next.q.congested.Load() != n.congested[b.AddrPort()] {
+		t.Errorf("bound again: %v; its bit in the map is %v", next != nil, n.congested[b.AddrPort()])
+	}
+}

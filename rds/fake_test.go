@@ -32,6 +32,7 @@ type fakeTransport struct {
 
 	mu       sync.Mutex
 	listen   func(netip.Addr) error // nil: succeeds
+	congest  func()                 // called when a bit is about to change
 	sendErr  error                  // what SendExtra says next, until it is changed
 	withhold bool                   // keep acknowledgements for ack
 	unacked  []fakeSent
@@ -83,6 +84,12 @@ func (tr *fakeTransport) Get(local, remote netip.Addr, tos uint8) (link, error) 
 }
 
 func (tr *fakeTransport) SetCongested(a netip.Addr, port uint16, on bool) {
+	tr.mu.Lock()
+	hook := tr.congest
+	tr.mu.Unlock()
+	if hook != nil {
+		hook()
+	}
 	tr.net.mu.Lock()
 	tr.net.congested[netip.AddrPortFrom(a, port)] = on
 	hosts := make(map[netip.Addr]*fakeTransport)

@@ -232,20 +232,20 @@ func (s *Socket) Close() error {
 		return nil
 	}
 	close(s.done)
-	// 1. No new datagrams: the port first, so that it can be bound again at once.
+	// 1. The port is not congested any more, and says so while it is still ours: from here on its bit is the next socket's.
+	s.updateCongestion()
+	// 2. No new datagrams: the port can be bound again at once.
 	s.la.mu.Lock()
 	s.la.ports.unbind(s.port, s)
 	s.la.mu.Unlock()
-	// 2. Everybody out.
+	// 3. Everybody out.
 	s.rdl.stop()
 	s.wdl.stop()
 	s.wakeReaders()
 	s.wakeWriters()
-	// 3. What nobody read.
+	// 4. What nobody read. What others do about their congestion is of no interest any more.
 	s.svc.ctr.recvDropDeadSock.Add(uint64(s.q.close()))
 	s.stopStamps()
-	// 4. The port is not congested any more, and says so. What others do about theirs is of no interest any more.
-	s.updateCongestion()
 	s.mon.stop(s)
 	s.closeReadiness()
 	// 5. Peers may not touch the socket's memory any more. Operations of its own that are on their way keep theirs to
