@@ -17,6 +17,7 @@ import (
 
 	"github.com/openrds/openrds/internal/packetio"
 	"github.com/openrds/openrds/rds"
+	"github.com/openrds/openrds/rds/rdsdebug"
 )
 
 // stress is rds-stress: one side of a test, whose other side may be rds-stress itself on a kernel's RDS.
@@ -86,10 +87,14 @@ k, m or g, and begin with 0x.`,
 			if err := errors.Join(o.validate(), s.rds.validate(), checkStressVersion(s.peerVersion)); err != nil {
 				return usage(err)
 			}
+			out := &firstError{w: stdout}
+			s.stdout = out
+			test := s.passive
 			if o.SendAddr.IsValid() {
-				return s.active(cmd.Context())
+				test = s.active
 			}
-			return s.passive(cmd.Context())
+			err := test(cmd.Context())
+			return errors.Join(err, out.get())
 		},
 	}
 	fl := cmd.Flags()
@@ -134,6 +139,30 @@ k, m or g, and begin with 0x.`,
 	fl.StringVar(&s.rds.Dialect, "dialect", s.rds.Dialect, "what to speak to the peer: open (ours, where it can) or kernel")
 	fl.Uint16Var(&s.rds.Port, "roce-port", s.rds.Port, "UDP port of RoCEv2")
 	return cmd
+}
+
+// firstError is a writer that remembers what went wrong first. Safe for concurrent use.
+type firstError struct {
+	w io.Writer
+
+	mu  sync.Mutex
+	err error
+}
+
+func (f *firstError) Write(p []byte) (int, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	n, err := f.w.Write(p)
+	if f.err == nil {
+		f.err = err
+	}
+	return n, err
+}
+
+func (f *firstError) get() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.err
 }
 
 // intBool is a flag that rds-stress gives 0 or 1.
@@ -246,8 +275,23 @@ func shareZone(a *netip.Addr, b netip.Addr) {
 	}
 }
 
+// ready is the error of a host that lacks what the test needs, which is better known before there is a peer.
+func (s *stress) ready() error {
+	if !s.kernel {
+		return nil
+	}
+	h, err := openKernelRDS()
+	if err != nil {
+		return err
+	}
+	return h.Close()
+}
+
 // active connects, tells the peer its options, and runs.
 func (s *stress) active(ctx context.Context) error {
+	if err := s.ready(); err != nil {
+		return err
+	}
 	if s.opt.ShowParams {
 		s.params()
 	}
@@ -309,6 +353,9 @@ func (s *stress) lead(ctx context.Context, c net.Conn) error {
 
 // passive waits for a peer and does as it is told.
 func (s *stress) passive(ctx context.Context) error {
+	if err := s.ready(); err != nil {
+		return err
+	}
 	own := s.opt.RecvAddr
 	host := ""
 	if own.IsValid() {
@@ -376,7 +423,11 @@ func (s *stress) open() (stressHost, error) {
 	if err != nil {
 		return nil, err
 	}
-	return ownHost{svc}, nil
+	h := ownHost{svc: svc}
+	if s.network == nil {
+		h.debug, _ = rdsdebug.Listen(svc) // whoever may not have the socket is tested all the same
+	}
+	return h, nil
 }
 
 // run is both sides' test over the control connection c.
@@ -424,7 +475,10 @@ func (s *stress) run(ctx context.Context, c net.Conn, active bool) (err error) {
 		steps[0], steps[1] = steps[1], steps[0]
 	}
 	for _, f := range steps {
-		if err := f(); err != nil {
+		switch err := f(); {
+		case errors.Is(err, io.EOF), errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
+			return fmt.Errorf("control connection: the peer ended before it was ready, and says itself why: %w", err)
+		case err != nil:
 			return fmt.Errorf("control connection: %w", err)
 		}
 	}
@@ -439,7 +493,7 @@ func (s *stress) run(ctx context.Context, c net.Conn, active bool) (err error) {
 		c.Close()
 		<-over
 	}()
-	done := s.report(ctx, over, active, host, tasks)
+	done, early := s.report(ctx, over, active, host, tasks)
 	// The sides do not stop at the same instant: what fails from here on fails because the other one has, and what it sent last
 	// still finds a socket.
 	for i, t := range tasks {
@@ -455,6 +509,9 @@ func (s *stress) run(ctx context.Context, c net.Conn, active bool) (err error) {
 	done()
 	if cause := context.Cause(ctx); cause != nil && cause != interrupted && !errors.Is(cause, context.Canceled) {
 		return cause
+	}
+	if ctx.Err() == nil {
+		return early
 	}
 	return nil
 }

@@ -49,14 +49,15 @@ func total(tasks []*stressTask) (c stressCounts) {
 }
 
 // report starts the tasks, and prints a line per second. The active side ends when the time is over, the passive one when the active one has
-// ended. The average is printed by done, once all is quiet.
-func (s *stress) report(ctx context.Context, over <-chan struct{}, active bool, host stressHost, tasks []*stressTask) (done func()) {
+// ended. The average is printed by done, once all is quiet. The error is that the peer has ended before the active side's time was over; in the
+// last second it may, since rds-stress's passive side has a clock of its own.
+func (s *stress) report(ctx context.Context, over <-chan struct{}, active bool, host stressHost, tasks []*stressTask) (done func(), early error) {
 	w := s.stdout
 	fmt.Fprint(w, "Starting up")
 	for i := range 4 {
 		if !pause(ctx, over, s.burnIn/4) {
 			fmt.Fprintln(w)
-			return func() {}
+			return func() {}, s.early(active, 0)
 		}
 		fmt.Fprint(w, ".")
 		if i == 1 {
@@ -83,6 +84,7 @@ func (s *stress) report(ctx context.Context, over <-chan struct{}, active bool, 
 		on := pause(ctx, over, time.Until(begin.Add(time.Duration(n)*s.second)))
 		now, c, cpu := time.Now(), total(tasks), cpuTime()
 		if !on {
+			early = s.early(active, n-1)
 			break
 		}
 		d := c
@@ -113,7 +115,15 @@ func (s *stress) report(ctx context.Context, over <-chan struct{}, active bool, 
 		if s.hist {
 			s.histogram(tasks)
 		}
+	}, early
+}
+
+// early is the error of a test that the peer ended after so many seconds.
+func (s *stress) early(active bool, seconds int) error {
+	if !active || seconds+1 >= int(s.opt.RunTime) {
+		return nil
 	}
+	return fmt.Errorf("the peer ended the test after %d of %d seconds", seconds, s.opt.RunTime)
 }
 
 // histogram prints round trips by powers of two.
@@ -203,7 +213,7 @@ func (s *stress) perfLine(p *perfdata, d stressCounts, took time.Duration, cpu f
 	for i := range p.counters { // the header's
 		rate := 0.0
 		if i < len(now) {
-			rate = float64(now[i].Value-p.counters[i].Value) / took.Seconds()
+			rate = float64(int64(now[i].Value-p.counters[i].Value)) / took.Seconds() // some tell how much there is, and may fall
 		}
 		b = fmt.Appendf(b, ",%f", rate)
 	}

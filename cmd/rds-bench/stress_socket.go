@@ -6,6 +6,7 @@ import (
 	"net/netip"
 
 	"github.com/openrds/openrds/rds"
+	"github.com/openrds/openrds/rds/rdsdebug"
 )
 
 // stressHost is an RDS: this one, or the kernel's.
@@ -63,12 +64,18 @@ type stressOp struct {
 }
 
 // ownHost is a Service.
-type ownHost struct{ svc *rds.Service }
+type ownHost struct {
+	svc   *rds.Service
+	debug *rdsdebug.Server // for rdsctl; nil: there is no place for its socket
+}
 
 func (h ownHost) counters() []rds.Counter { return h.svc.Stats().Counters() }
 
 // Close ends the Service. The other side may be gone: what it did not acknowledge is nobody's loss.
 func (h ownHost) Close() error {
+	if h.debug != nil {
+		defer h.debug.Close()
+	}
 	if err := h.svc.Close(); err != nil && !errors.As(err, new(*rds.AbandonedError)) {
 		return err
 	}
