@@ -117,7 +117,7 @@ func (r *run) end() {
 // all only if the next would take p past limit, or its socket past the hard bound.
 func (svc *Service) deliver(p *peer, tos uint8, msgs []conn.Incoming, limit int64) int {
 	la := p.la
-	room := limit - p.queued.Load()
+	room := limit - max(0, p.queued.Load()) // below zero when a reader is faster than our accounts
 	from := source32{p.index, tos}
 	var (
 		batch runs

@@ -140,3 +140,17 @@ func (tr *fakeTransport) ackAtOnce(n int) {
 		s.o.Released(msgs, s.n, true)
 	}
 }
+
+// TestLocalBeforeAccounts: what a reader has taken before its deliverer has accounted for it, such as one that was held for a bind, makes a peer's
+// count less than nothing for that moment. A datagram of an address of the same Service, which has no bound, gets through.
+func TestLocalBeforeAccounts(t *testing.T) {
+	n := newFakeNet()
+	svc, _ := n.open(t, Config{})
+	a, b := bind(t, svc, ap(addrA, 4000)), bind(t, svc, ap(addrB, 5000))
+	svc.peerOf(addrB, addrA).queued.Add(-chargeOf(100))
+	mustWrite(t, a, make([]byte, 100), b.AddrPort())
+	if _, err := b.TryReceive(); err != nil {
+		t.Errorf("lost: %v", err)
+	}
+	svc.peerOf(addrB, addrA).queued.Add(chargeOf(100))
+}
