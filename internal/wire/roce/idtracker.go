@@ -12,8 +12,9 @@ import "time"
 //	  └─ idPlain packets with identification 0 ──▶ plain ── idMisses misses ──▶ tracking
 //
 // In "any" nothing is judged any more (policy C): a peer with an identification per QP, or a random
-// one, must be able to talk. A peer that only ever used 0 is held to that (policy A) in the same
-// way: a solved identification is a miss.
+// one, must be able to talk. A peer that only ever used 0, or the index in a train, is held to that (policy A) in the same
+// way: a solved identification is a miss, unless it is an index too. A receiver's GRO joins the end of one train and
+// the beginning of the next, which the guess does not know of.
 //
 // The zero value is ready. It is not safe for concurrent use.
 type IDTracker struct {
@@ -44,6 +45,7 @@ const (
 	idClear   = 32   // hits in a row that make past misses forgotten
 	idResyncs = 4    // jumps without that: the peer has no counter we understand
 	idPlain   = 64   // packets after which a peer without identifications is held to that
+	idTrain   = 64   // packets of a train at most (UDP_MAX_SEGMENTS)
 )
 
 // Accept reports whether a packet on which Flow.Check said v, with this id, is to be believed. Call
@@ -84,6 +86,10 @@ func (t *IDTracker) solved(id uint16, now time.Time) bool {
 			t.hits, t.misses, t.jumps = 0, 0, 0
 		}
 		return true
+	case idPlainOnly:
+		if id < idTrain {
+			return true
+		}
 	}
 	return t.miss(id, now)
 }

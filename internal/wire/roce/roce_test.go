@@ -519,13 +519,16 @@ func TestIDTracker(t *testing.T) {
 	for range idPlain {
 		step("identification 0", OK0, 0, true)
 	}
-	step("a solved one from such a peer", OKSolved, 5, false)
+	step("a solved one from such a peer", OKSolved, 500, false)
 	step("its own traffic goes on", OKGuess, 3, true)
-	for range idMisses - 2 {
-		step("more solved ones", OKSolved, 5, false)
+	for i := range uint16(idTrain) {
+		step("also where trains were joined", OKSolved, i, true)
 	}
-	step("a peer that changed is followed in the end", OKSolved, 5, true)
-	step("by its counter", OKSolved, 6, true)
+	for range idMisses - 2 {
+		step("more solved ones", OKSolved, idTrain, false)
+	}
+	step("a peer that changed is followed in the end", OKSolved, 500, true)
+	step("by its counter", OKSolved, 501, true)
 
 	// Two counters in turn, as a NIC with one per QP: nobody starves.
 	tr = new(IDTracker)
