@@ -154,11 +154,7 @@ func (m *Manager) forget(c *Conn) {
 	}
 	defer m.wg.Done()
 	c.mu.Lock()
-	for _, t := range []*time.Timer{c.ackTimer, c.askTimer, c.tick} {
-		if t != nil {
-			t.Stop()
-		}
-	}
+	c.stopTimersLocked()
 	c.q.trim()
 	c.mu.Unlock()
 	m.cfg.Sink.ConnGone(c)

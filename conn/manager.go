@@ -459,15 +459,13 @@ func (c *Conn) close() int {
 	if a := c.ctl.attempt; a != nil {
 		a.cancel(errClosing)
 	}
-	for _, t := range []*time.Timer{c.ackTimer, c.askTimer, c.tick} {
-		if t != nil {
-			t.Stop()
-		}
-	}
 	c.kickLocked()
 	c.mu.Unlock()
 	<-stopped
-	// 2. What is left in the queue goes back to its owners.
+	// 2. It is down: nothing starts a timer any more. What is left in the queue goes back to its owners.
+	c.mu.Lock()
+	c.stopTimersLocked()
+	c.mu.Unlock()
 	abandoned := 0
 	for {
 		var r released
@@ -489,6 +487,14 @@ func (c *Conn) close() int {
 		}
 		if copied != nil {
 			<-copied
+		}
+	}
+}
+
+func (c *Conn) stopTimersLocked() {
+	for _, t := range []*time.Timer{c.ackTimer, c.askTimer, c.tick} {
+		if t != nil {
+			t.Stop()
 		}
 	}
 }

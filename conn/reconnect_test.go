@@ -13,6 +13,8 @@ import (
 
 	"github.com/openrds/openrds/conn/ib"
 	"github.com/openrds/openrds/internal/simnet"
+	"github.com/openrds/openrds/verbs"
+	"github.com/openrds/openrds/verbs/faultverbs"
 )
 
 // exchange starts both directions, runs faults meanwhile, and verifies that everything arrived once, in order.
@@ -706,6 +708,32 @@ func TestPingNotAnswered(t *testing.T) {
 		idle("with somebody who waits for ever")
 		stop()
 		a.close(time.Second)
+		b.close(time.Second)
+	})
+}
+
+// TestCloseLeavesNoTimer: a connection that is established while it is being closed has no timer that goes off when Close has returned.
+func TestCloseLeavesNoTimer(t *testing.T) {
+	bubble(t, 1, quick, func(t *testing.T, net *simnet.Net) {
+		var faults faultverbs.Faults
+		a := newHost(t, net, addrA, func(o *hostOptions) {
+			o.wrap = func(p verbs.Provider) verbs.Provider { return faultverbs.Wrap(p, &faults) }
+		})
+		b := newHost(t, net, addrB)
+		var o testOwner
+		c := a.conn(addrB)
+		faults.Delay(faultverbs.Modify, 1, 100*time.Millisecond) // the window is set when the peer has answered
+		c.Send(&o, 1, 2, nil)
+		time.Sleep(50 * time.Millisecond)
+		a.close(0)
+		if c.ctl.established != 1 {
+			t.Fatalf("established %d times", c.ctl.established)
+		}
+		for i, timer := range []*time.Timer{c.ackTimer, c.askTimer, c.tick} {
+			if timer != nil && timer.Stop() {
+				t.Errorf("timer %d runs", i)
+			}
+		}
 		b.close(time.Second)
 	})
 }
