@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"syscall"
 	"time"
 
 	"github.com/HdrHistogram/hdrhistogram-go"
@@ -21,6 +22,11 @@ type client struct {
 	params     params
 	progress   progress
 	reporter   reporter // hears of intervals as they end
+
+	answers chan *response // from listen to ask
+	gone    chan struct{}  // closed when the connection has ended, for
+	goneErr error          // this reason, and listen with it
+	closing chan struct{}  // closed by close
 }
 
 // dialClient connects to the server's control address. local is the address to use on this host; the
@@ -35,12 +41,35 @@ func dialClient(ctx context.Context, server netip.AddrPort, local netip.Addr, p 
 		return nil, err
 	}
 	conn := newControlConn(nc)
-	c := &client{conn: conn, transports: newTransports(open, conn.localAddr(), p.RDS), params: p, progress: pr, reporter: noReporter{}}
+	c := &client{conn: conn, transports: newTransports(open, conn.localAddr(), p.RDS), params: p, progress: pr, reporter: noReporter{},
+		answers: make(chan *response), gone: make(chan struct{}), closing: make(chan struct{})}
+	go c.listen()
 	if _, err := c.ask(request{Op: opHello, Version: controlVersion, RDS: &p.RDS}); err != nil {
-		nc.Close()
-		return nil, err
+		return nil, errors.Join(err, c.close())
 	}
 	return c, nil
+}
+
+// listen reads answers, also while nobody asks, so that the end of a server is known at once and not at the end of a run.
+func (c *client) listen() {
+	defer close(c.gone)
+	for {
+		res := new(response)
+		switch err := c.conn.read(res); {
+		case errors.Is(err, io.EOF), errors.Is(err, syscall.ECONNRESET):
+			c.goneErr = fmt.Errorf("server %v closed the control connection", c.conn.RemoteAddr())
+			return
+		case err != nil:
+			c.goneErr = fmt.Errorf("control connection: %w", err)
+			return
+		}
+		select {
+		case c.answers <- res:
+		case <-c.closing:
+			c.goneErr = net.ErrClosed
+			return
+		}
+	}
 }
 
 // bye closes everything on both sides, and returns what either has found left behind. Neither closes before the other has what is
@@ -51,27 +80,37 @@ func (c *client) bye() error {
 	return errors.Join(c.transports.close(), serr)
 }
 
+// close is called once.
 func (c *client) close() error {
-	return errors.Join(c.transports.close(), c.conn.Close())
+	err := errors.Join(c.transports.close(), c.conn.Close())
+	close(c.closing)
+	<-c.gone
+	return err
 }
 
 // ask sends a request and waits for its answer.
 func (c *client) ask(req request) (*response, error) {
-	if err := c.conn.SetDeadline(time.Now().Add(answerTimeout)); err != nil {
+	timeout := time.NewTimer(answerTimeout)
+	defer timeout.Stop()
+	if err := c.conn.SetWriteDeadline(time.Now().Add(answerTimeout)); err != nil {
 		return nil, err
 	}
-	res := new(response)
-	err := c.conn.write(req)
-	if err == nil {
-		err = c.conn.read(res)
+	if err := c.conn.write(req); err != nil {
+		select {
+		case <-c.gone: // the cause
+			return nil, c.goneErr
+		default:
+			return nil, fmt.Errorf("control connection: %w", err)
+		}
 	}
-	switch {
-	case errors.Is(err, io.EOF):
-		return nil, fmt.Errorf("server %v closed the control connection", c.conn.RemoteAddr())
-	case err != nil:
-		return nil, fmt.Errorf("control connection: %w", err)
+	select {
+	case res := <-c.answers:
+		return res, res.err()
+	case <-c.gone:
+		return nil, c.goneErr
+	case <-timeout.C:
+		return nil, fmt.Errorf("server %v has not answered for %v", c.conn.RemoteAddr(), answerTimeout)
 	}
-	return res, res.err()
 }
 
 // measure runs specs and returns the results of those that were measured. It stops at the first error,
@@ -260,6 +299,8 @@ func (c *client) pause(ctx context.Context, s *side, d time.Duration, sm *sample
 			return nil
 		case <-s.failed:
 			return nil
+		case <-c.gone:
+			return c.goneErr
 		case <-t.C:
 		}
 		elapsed := time.Since(begin)

@@ -112,8 +112,19 @@ type rdsEndpoint struct {
 	local netip.Addr
 	socks []*rds.Socket // by flow
 
-	mu   sync.Mutex
-	gone counters // of devices that have gone, which take theirs with them; guarded by mu
+	mu         sync.Mutex
+	gone, last counters // of devices that have gone, which take theirs with them, and of those there are; guarded by mu
+}
+
+// devicesLocked is what all devices of this endpoint have counted, now being what those do that are there. One whose link went down was lost without
+// our doing, with what it had counted since we last looked.
+func (e *rdsEndpoint) devicesLocked(now counters) counters {
+	if now.retransmits < e.last.retransmits || now.drops < e.last.drops {
+		e.gone.retransmits += e.last.retransmits
+		e.gone.drops += e.last.drops
+	}
+	e.last = now
+	return counters{retransmits: e.gone.retransmits + now.retransmits, drops: e.gone.drops + now.drops}
 }
 
 // goneTimeout bounds how long a removed device may stay in sight. It takes microseconds.
@@ -123,7 +134,7 @@ const goneTimeout = 5 * time.Second
 func (e *rdsEndpoint) unplug() error {
 	e.mu.Lock() // whoever counts meanwhile would count the device twice, or not at all
 	defer e.mu.Unlock()
-	last := deviceCounters(e.t.svc.Stats().Devices)
+	e.devicesLocked(deviceCounters(e.t.svc.Stats().Devices))
 	if err := e.t.provider.Remove(e.local); err != nil {
 		return err
 	}
@@ -132,8 +143,7 @@ func (e *rdsEndpoint) unplug() error {
 			return fmt.Errorf("the device of %v is still there %v after its removal", e.local, goneTimeout)
 		}
 	}
-	e.gone.retransmits += last.retransmits
-	e.gone.drops += last.drops
+	e.devicesLocked(counters{})
 	return nil
 }
 
@@ -173,10 +183,10 @@ func (e *rdsEndpoint) counters() counters {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	st := e.t.svc.Stats()
-	dev := deviceCounters(st.Devices)
+	dev := e.devicesLocked(deviceCounters(st.Devices))
 	return counters{
-		retransmits: e.gone.retransmits + dev.retransmits + st.Conn.SendRetransmit,
-		drops:       e.gone.drops + dev.drops + st.RecvDropNoSock + st.RecvDropDeadSock + st.Conn.RecvDropBadChecksum,
+		retransmits: dev.retransmits + st.Conn.SendRetransmit,
+		drops:       dev.drops + st.RecvDropNoSock + st.RecvDropDeadSock + st.Conn.RecvDropBadChecksum,
 	}
 }
 

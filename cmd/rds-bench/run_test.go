@@ -336,4 +336,37 @@ func TestInterrupt(t *testing.T) {
 	}
 }
 
+// A server that goes in the midst of a run ends it, long as it may be.
+func TestServerGoes(t *testing.T) {
+	ln, err := net.Listen("tcp", net.JoinHostPort(testServerAddr, "0"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	served := make(chan error, 1)
+	go func() { served <- (&server{ln: ln, log: hclog.NewNullLogger(), open: newTransport}).serve(ctx) }()
+	p := shortParams()
+	p.Duration = time.Hour
+	c := connectClient(t, ln.Addr().(*net.TCPAddr).AddrPort(), p, newTransport)
+	time.AfterFunc(200*time.Millisecond, cancel)
+	for _, transport := range []string{transportUDP, transportTCP} { // in the midst of the first, and before the second
+		if r, err := c.run(t.Context(), testSpec(transport, testThroughput, 64)); err == nil || r != nil || !strings.Contains(err.Error(), "closed the control connection") {
+			t.Errorf("%s: %+v, %v", transport, r, err)
+		}
+	}
+	if err := <-served; err != nil {
+		t.Error(err)
+	}
+}
+
+// What devices have counted does not fall when one goes, by our doing or by itself.
+func TestDeviceCounters(t *testing.T) {
+	e := new(rdsEndpoint)
+	for i, c := range []struct{ now, want uint64 }{{5, 5}, {7, 7}, {0, 7}, {0, 7}, {3, 10}, {2, 12}, {4, 14}} {
+		if got := e.devicesLocked(counters{retransmits: c.now, drops: 2 * c.now}); got != (counters{retransmits: c.want, drops: 2 * c.want}) {
+			t.Errorf("step %d: %+v, want %d", i, got, c.want)
+		}
+	}
+}
+
 func mustAddr(s string) netip.Addr { return netip.MustParseAddr(s) }
