@@ -252,24 +252,38 @@ func (s *Socket) WriteBatch(ms []BatchMessage, flags Flags) (n int, err error) {
 	if err := flags.check(MsgDontWait); err != nil {
 		return 0, s.opError("write", netip.AddrPort{}, err)
 	}
+	var b batchWrite
+	defer b.end()
 	for i := range ms {
-		if err := s.writeOne(ms, i, flags&MsgDontWait == 0); err != nil {
+		if err := b.write(s, ms, i, flags&MsgDontWait == 0); err != nil {
 			return i, err
 		}
 	}
 	return len(ms), nil
 }
 
-// writeOne sends ms[i].
-func (s *Socket) writeOne(ms []BatchMessage, i int, wait bool) error {
+// batchWrite is a WriteBatch.
+type batchWrite struct {
+	held *flow // where the one before waits for company
+}
+
+// end sends what waits for company that does not come.
+func (b *batchWrite) end() {
+	if b.held != nil {
+		b.held.link.Flush()
+	}
+}
+
+// write sends ms[i].
+func (b *batchWrite) write(s *Socket, ms []BatchMessage, i int, wait bool) error {
 	m := &ms[i]
 	msg := Message{Peer: m.Addr, TypeOfService: m.TypeOfService}
 	to, tos, err := s.destination(&msg)
 	var f *flow
 	if err == nil {
 		n := 0
-		for _, b := range m.Buffers {
-			n += len(b)
+		for _, p := range m.Buffers {
+			n += len(p)
 		}
 		if f, err = s.route(to, tos, n); err == nil {
 			it := item{f: f, port: to.Port(), n: n, further: s.goesWith(ms, i)}
@@ -279,26 +293,26 @@ func (s *Socket) writeOne(ms []BatchMessage, i int, wait bool) error {
 				it.p = m.Buffers[0]
 			default:
 				it.p = make([]byte, 0, n)
-				for _, b := range m.Buffers {
-					it.p = append(it.p, b...)
+				for _, p := range m.Buffers {
+					it.p = append(it.p, p...)
 				}
 			}
 			if err = it.put(context.Background(), wait); err == nil {
 				m.N = n
+				if b.held != f {
+					b.end()
+				}
+				if b.held = nil; it.further {
+					b.held = f
+				}
 				return nil
 			}
-		}
-	}
-	if i > 0 {
-		// The one before was held back for this one.
-		if f := s.last.Load(); f != nil {
-			f.link.Flush()
 		}
 	}
 	return s.opError("write", to, err)
 }
 
-// goesWith reports whether ms[i] may wait for the next one, which takes the same connection.
+// goesWith reports whether ms[i] may wait for the next one, which most likely takes the same connection.
 func (s *Socket) goesWith(ms []BatchMessage, i int) bool {
 	return i+1 < len(ms) && ms[i].Addr.Addr() == ms[i+1].Addr.Addr() && ms[i].TypeOfService == ms[i+1].TypeOfService
 }

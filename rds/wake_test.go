@@ -154,3 +154,65 @@ func TestLocalBeforeAccounts(t *testing.T) {
 	}
 	svc.peerOf(addrB, addrA).queued.Add(chargeOf(100))
 }
+
+// flushes is a link that counts its Flushes, and what was sent with company announced since the last.
+type flushes struct {
+	link
+	n, held int
+}
+
+func (l *flushes) SendExtra(o conn.Owner, srcPort, dstPort uint16, payload []byte, flags conn.SendFlags, x *conn.Extra) error {
+	if l.held = 0; flags&conn.More != 0 {
+		l.held = 1
+	}
+	return l.link.SendExtra(o, srcPort, dstPort, payload, flags, x)
+}
+
+func (l *flushes) Flush() {
+	l.n++
+	l.held = 0
+	l.link.Flush()
+}
+
+// TestBatchIsNotHeldBack: a datagram of a batch that was to leave with the next one leaves also if that fails, or goes elsewhere, whatever others
+// write meanwhile.
+func TestBatchIsNotHeldBack(t *testing.T) {
+	n := newFakeNet()
+	svc, _ := n.open(t, Config{})
+	a := bind(t, svc, ap(addrA, 4000))
+	addrC := netip.MustParseAddr("10.0.0.3")
+	mustWrite(t, a, nil, ap(addrB, 1))
+	mustWrite(t, a, nil, ap(addrC, 1))
+	b := &flushes{link: a.flowsTo(addrB)[0].link}
+	a.flowsTo(addrB)[0].link = b
+	other := func(to netip.Addr) { mustWrite(t, a, nil, ap(to, 1)) } // of another goroutine
+	ok := BatchMessage{Addr: ap(addrB, 5000), Buffers: [][]byte{nil}}
+	tooLong := BatchMessage{Addr: ap(addrB, 5000), Buffers: [][]byte{make([]byte, MaxMessageSize+1)}}
+	var batch batchWrite
+	if err := batch.write(a, []BatchMessage{ok, tooLong}, 0, true); err != nil || b.held != 1 {
+		t.Fatalf("%v, %d held back", err, b.held)
+	}
+	other(addrC)
+	if err := batch.write(a, []BatchMessage{ok, tooLong}, 1, true); !errors.Is(err, ErrMessageTooLong) {
+		t.Fatal(err)
+	}
+	batch.end()
+	if b.held != 0 {
+		t.Error("a datagram waits for one that has failed")
+	}
+	// The default destination changes in the middle.
+	a.ConnectAddrPort(ap(addrB, 5000))
+	ok.Addr = netip.AddrPort{}
+	batch = batchWrite{}
+	if err := batch.write(a, []BatchMessage{ok, ok}, 0, true); err != nil || b.held != 1 {
+		t.Fatalf("%v, %d held back", err, b.held)
+	}
+	a.ConnectAddrPort(ap(addrC, 5000))
+	if err := batch.write(a, []BatchMessage{ok, ok}, 1, true); err != nil {
+		t.Fatal(err)
+	}
+	batch.end()
+	if b.held != 0 {
+		t.Error("a datagram waits for one that has gone elsewhere")
+	}
+}
