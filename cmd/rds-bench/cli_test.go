@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -117,7 +118,11 @@ func TestCommandErrors(t *testing.T) {
 		{"several", []string{"--sockets", "0", "--duration", "-1s"}, 2, "--sockets: 0 is not between 1 and 1024; --duration: -1s is not positive"},
 		{"one address", []string{"--addr", "127.0.0.1"}, 2, "not two addresses"},
 		{"same address twice", []string{"--addr", "127.0.0.1,127.0.0.1"}, 2, "an address each"},
-		{"unexpected argument", []string{"now"}, 2, `unexpected argument "now"`},
+		{"addresses of two IPs", []string{"--addr", "127.0.0.1,::1"}, 2, "different IP versions"},
+		{"client with an address of the other IP", []string{"client", "--addr", "::1", "127.0.0.1"}, 2, "different IP versions"},
+		{"wrong command", []string{"now"}, 2, `"now" is no command`},
+		{"unexpected argument", []string{"server", "now"}, 2, `unexpected argument "now"`},
+		{"manual into nothing", []string{"man"}, 2, "needs a directory"},
 		{"client without a server", []string{"client"}, 2, "needs the server's address"},
 		{"client with a bad port", []string{"client", "127.0.0.1:http"}, 2, `"http" is not a port`},
 		{"server with a bad address", []string{"server", "--addr", "here"}, 2, "--addr"},
@@ -136,6 +141,23 @@ func TestCommandErrors(t *testing.T) {
 				t.Errorf("standard error is not one line with %q:\n%s", tc.want, stderr)
 			}
 		})
+	}
+}
+
+// Whoever packages this finds a version and a manual, without what is not for people.
+func TestCommandManual(t *testing.T) {
+	if stdout, _, code := runCommand(t, "--version"); code != 0 || !strings.HasPrefix(stdout, "rds-bench version ") {
+		t.Errorf("exit status %d, %q", code, stdout)
+	}
+	dir := t.TempDir()
+	if _, stderr, code := runCommand(t, "man", dir); code != 0 {
+		t.Fatal(stderr)
+	}
+	for _, name := range []string{"rds-bench.1", "rds-bench-stress.1", "rds-bench-server.1", "rds-bench-client.1"} {
+		b, err := os.ReadFile(filepath.Join(dir, name))
+		if err != nil || !strings.Contains(string(b), `.TH "RDS-BENCH`) || strings.Contains(string(b), "child") {
+			t.Errorf("%s: %v\n%s", name, err, b)
+		}
 	}
 }
 

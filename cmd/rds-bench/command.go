@@ -8,12 +8,14 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/spf13/cobra"
+	"github.com/spf13/cobra/doc"
 	"golang.org/x/term"
 )
 
@@ -114,9 +116,15 @@ datagram sizes, beside the same ladder over Go's TCP.
 
 Without a subcommand it starts its own second process and measures between ` + defaultClientAddr + ` and
 ` + defaultServerAddr + `. For two hosts run "rds-bench server" on one and "rds-bench client HOST" on the other.`,
-		Args:          noArgs,
+		Version:       version(),
 		SilenceErrors: true,
 		SilenceUsage:  true,
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return usage(fmt.Errorf("%q is no command: see rds-bench --help", args[0]))
+			}
+			return nil
+		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := f.settle(cmd); err != nil {
 				return usage(err)
@@ -134,8 +142,38 @@ Without a subcommand it starts its own second process and measures between ` + d
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usage(err) })
 	f.register(root)
 	root.Flags().StringVar(&f.addr, "addr", defaultClientAddr+","+defaultServerAddr, "addresses of the client and of the server")
-	root.AddCommand(newServerCommand(stdin, stdout, stderr), newClientCommand(stdout, stderr), newStressCommand(stdout))
+	root.AddCommand(newServerCommand(stdin, stdout, stderr), newClientCommand(stdout, stderr), newStressCommand(stdout), newManCommand())
 	return root
+}
+
+// version is what the go command knows of the module: that of a release, or of a commit.
+func version() string {
+	if b, ok := debug.ReadBuildInfo(); ok && b.Main.Version != "" {
+		return b.Main.Version
+	}
+	return "(devel)"
+}
+
+// newManCommand writes the manual; "rds-bench completion" is cobra's own.
+func newManCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "man DIRECTORY",
+		Short: "Write the manual pages",
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) != 1 {
+				return usage(errors.New("man needs a directory"))
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := os.MkdirAll(args[0], 0o755); err != nil {
+				return err
+			}
+			root := cmd.Root()
+			root.DisableAutoGenTag = true // the same text for the same program
+			return doc.GenManTree(root, &doc.GenManHeader{Title: "RDS-BENCH", Section: "1", Source: "OpenRDS", Manual: "OpenRDS"}, args[0])
+		},
+	}
 }
 
 func newClientCommand(stdout, stderr io.Writer) *cobra.Command {
@@ -163,6 +201,9 @@ func newClientCommand(stdout, stderr io.Writer) *cobra.Command {
 			server, err := resolveServer(cmd.Context(), args[0])
 			if err != nil {
 				return err
+			}
+			if local.IsValid() && local.Unmap().Is4() != server.Addr().Unmap().Is4() {
+				return usage(fmt.Errorf("--addr: %v and the server's %v are of different IP versions", local, server.Addr()))
 			}
 			return f.measure(cmd.Context(), server, local, stdout, stderr)
 		},
@@ -241,6 +282,9 @@ func parseLocalAddrs(s string) (client, server netip.Addr, err error) {
 	}
 	if server, err = netip.ParseAddr(sv); err != nil {
 		return client, server, fmt.Errorf("--addr: %v", err)
+	}
+	if client.Is4() != server.Is4() {
+		return client, server, fmt.Errorf("--addr: %v and %v are of different IP versions", client, server)
 	}
 	if client == server {
 		return client, server, fmt.Errorf("--addr: client and server need an address each, not both %v", client)

@@ -59,7 +59,7 @@ all is no error; that the one with --pid is not there, or has ended under --watc
 	fl.BoolVarP(&f.tcp, "tcp", "T", false, "TCP connections: there are none, the option is rds-info's")
 	fl.BoolVarP(&f.verbose, "verbose", "v", false, "more columns with -I")
 	fl.BoolVar(&f.json, "json", false, "a JSON array with an object per process")
-	fl.StringVar(&f.watch, "watch", "", "again after each `interval`, in seconds or with a unit (500ms), until interrupted; as JSON one array per line")
+	fl.StringVar(&f.watch, "watch", "", "time after which to show it again, until interrupted: seconds, or with a unit (500ms); as JSON one array per line")
 	fl.IntVar(&f.pid, "pid", 0, "only this process")
 	return cmd
 }
