@@ -430,10 +430,6 @@ func (r *Registry) Close(ctx context.Context) error {
 	for _, d := range tab.all {
 		d.listed = false
 	}
-	all := make([]*Device, 0, len(r.live))
-	for d := range r.live {
-		all = append(all, d)
-	}
 	for addr := range r.absent {
 		r.appearedLocked(addr)
 	}
@@ -441,15 +437,37 @@ func (r *Registry) Close(ctx context.Context) error {
 	for _, stop := range stops {
 		stop()
 	}
+	errs := r.awaitOpening(ctx)
+	r.mu.Lock()
+	all := make([]*Device, 0, len(r.live))
+	for d := range r.live {
+		all = append(all, d)
+	}
+	r.mu.Unlock()
 	for _, d := range all {
 		d.pools.Leave()
 	}
 	for _, d := range tab.all {
 		r.cfg.Epoch.Retire(func() { d.PutNamed(holderRegistry) })
 	}
-	var errs []error
 	for _, d := range all {
 		errs = append(errs, d.wait(ctx))
 	}
 	return errors.Join(errs...)
+}
+
+// awaitOpening waits for those who are opening devices, whom a closed registry will not let have them, or for ctx's end: then the errors name
+// the addresses.
+func (r *Registry) awaitOpening(ctx context.Context) (errs []error) {
+	r.mu.Lock()
+	opening := maps.Clone(r.opening)
+	r.mu.Unlock()
+	for addr, o := range opening {
+		select {
+		case <-o.done:
+		case <-ctx.Done():
+			errs = append(errs, &verbs.BusyError{Object: "address " + addr.String(), Holders: []string{"a device that is being opened"}}, ctx.Err())
+		}
+	}
+	return errs
 }

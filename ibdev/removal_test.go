@@ -643,3 +643,32 @@ func TestChurn(t *testing.T) {
 	wg.Wait()
 	r.close()
 }
+
+// TestCloseWaitsForOpening: a device that is being opened while the registry is closed is part of what Close waits for, and names.
+func TestCloseWaitsForOpening(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		gate := make(chan struct{})
+		hit := &hitProvider{Provider: r.prov.Provider, when: "opened", hit: func() { <-gate }}
+		r.reg.cfg.Providers = []verbs.Provider{hit}
+		opened := make(chan error, 1)
+		go func() {
+			_, err := r.reg.Open(context.Background(), addrA)
+			opened <- err
+		}()
+		synctest.Wait()
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		var busy *verbs.BusyError
+		if err := r.reg.Close(ctx); !errors.As(err, &busy) || !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("closed while a device is being opened: %v", err)
+		} else if !strings.Contains(busy.Error(), addrA.String()) {
+			t.Errorf("it does not say what keeps it: %v", busy)
+		}
+		time.AfterFunc(time.Second, func() { close(gate) })
+		r.close()
+		if err := <-opened; !errors.Is(err, ErrClosed) {
+			t.Errorf("open: %v", err)
+		}
+	})
+}
