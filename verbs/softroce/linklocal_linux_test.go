@@ -1,6 +1,7 @@
 package softroce
 
 import (
+	"errors"
 	"net"
 	"net/netip"
 	"strconv"
@@ -88,5 +89,12 @@ func TestLinkLocalUDP(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// A link-local address on a link that this host does not have is one that it does not have.
+func TestLinkLocalNowhere(t *testing.T) {
+	if d, err := New(Config{}).OpenDevice(netip.MustParseAddr("fe80::1%nosuchlink")); !errors.Is(err, verbs.ErrNoSuchAddress) {
+		t.Errorf("%v, %v", d, err)
 	}
 }

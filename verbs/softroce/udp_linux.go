@@ -81,7 +81,6 @@ type udpConn struct {
 type mmsghdr struct {
 	hdr unix.Msghdr
 	n   uint32
-	_   uint32
 }
 
 const (
@@ -98,7 +97,7 @@ func (n udpNetwork) Listen(local netip.AddrPort) (packetio.Conn, error) {
 	if err := c.open(n); err != nil {
 		c.closeFDs()
 		switch {
-		case errors.Is(err, unix.EADDRNOTAVAIL):
+		case errors.Is(err, unix.EADDRNOTAVAIL), errors.Is(err, unix.EINVAL) && local.Addr().Zone() != "": // no such interface
 			return nil, fmt.Errorf("UDP %v: %w", local, verbs.ErrNoSuchAddress)
 		case errors.Is(err, unix.EADDRINUSE):
 			return nil, &verbs.BusyError{Object: fmt.Sprintf("UDP %v", local), Holders: []string{portOwner(local)}}
@@ -279,7 +278,7 @@ func (c *udpConn) shape(i int) {
 		c.rest[i] = make([]byte, need)
 	}
 	iov := c.piov[i][:0]
-	add := func(b []byte) { iov = append(iov, unix.Iovec{Base: &b[0], Len: uint64(len(b))}) }
+	add := func(b []byte) { iov = append(iov, iovec(b)) }
 	rest, place := c.rest[i], c.places[i]
 	from := 0
 	for s := range l.Segs {
@@ -362,7 +361,7 @@ func (c *udpConn) recv(ts []packetio.RxTrain, n int) (int, error) {
 func (c *udpConn) control(t *packetio.RxTrain, b []byte) {
 	for len(b) >= unix.SizeofCmsghdr {
 		h := (*unix.Cmsghdr)(unsafe.Pointer(&b[0]))
-		if h.Len < unix.SizeofCmsghdr || h.Len > uint64(len(b)) {
+		if h.Len < unix.SizeofCmsghdr || uint64(h.Len) > uint64(len(b)) {
 			return
 		}
 		d := b[unix.SizeofCmsghdr:h.Len]
@@ -381,7 +380,7 @@ func (c *udpConn) control(t *packetio.RxTrain, b []byte) {
 		case h.Level == unix.IPPROTO_IPV6 && h.Type == unix.IPV6_TCLASS && len(d) >= 4:
 			t.TOS = uint8(*(*int32)(unsafe.Pointer(&d[0])))
 		}
-		n := (int(h.Len) + 7) &^ 7
+		n := unix.CmsgSpace(int(h.Len) - unix.SizeofCmsghdr)
 		if n > len(b) {
 			return
 		}
@@ -445,7 +444,7 @@ func (c *udpConn) Send(ts []packetio.TxTrain) (int, error) {
 		h.Iov = &iov[k]
 		h.SetIovlen(len(t.Vec))
 		for _, v := range t.Vec {
-			iov[k] = unix.Iovec{Base: unsafe.SliceData(v), Len: uint64(len(v))}
+			iov[k] = iovec(v)
 			k++
 		}
 		c.sendControl(h, &c.sctl[i], t)
@@ -475,14 +474,22 @@ func (c *udpConn) Send(ts []packetio.TxTrain) (int, error) {
 	return int(r), nil
 }
 
+// iovec is a piece of a gather list.
+func iovec(b []byte) (v unix.Iovec) {
+	v.Base = unsafe.SliceData(b)
+	v.SetLen(len(b))
+	return v
+}
+
 // sendControl adds the segment size and the TOS, where there is something to say.
 func (c *udpConn) sendControl(h *unix.Msghdr, buf *[txControl]byte, t *packetio.TxTrain) {
 	off := 0
-	put := func(level, typ int32, n uint64) unsafe.Pointer {
+	put := func(level, typ int32, n int) unsafe.Pointer {
 		ch := (*unix.Cmsghdr)(unsafe.Pointer(&buf[off]))
-		ch.Level, ch.Type, ch.Len = level, typ, unix.SizeofCmsghdr+n
+		ch.Level, ch.Type = level, typ
+		ch.SetLen(unix.CmsgLen(n))
 		p := unsafe.Pointer(&buf[off+unix.SizeofCmsghdr])
-		off += unix.SizeofCmsghdr + 8
+		off += unix.CmsgSpace(n)
 		return p
 	}
 	if t.Segs > 1 {
