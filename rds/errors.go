@@ -202,6 +202,8 @@ func bindError(err error) error {
 		return fmt.Errorf("%w: %w", ErrAddrInUse, err)
 	case errors.Is(err, syscall.EADDRNOTAVAIL), errors.Is(err, verbs.ErrNoSuchAddress):
 		return fmt.Errorf("%w: %w", ErrAddrNotAvailable, err)
+	case errors.Is(err, verbs.ErrNotSupported):
+		return fmt.Errorf("%w: %w", ErrNotSupported, err)
 	}
 	return err
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -35,8 +36,12 @@ type Service struct {
 	byConn sync.Map // *conn.Conn to *peer
 }
 
-// Open makes a Service. It opens no device and binds nothing yet: addresses are opened as they are bound.
+// Open makes a Service. It opens no device and binds nothing yet: addresses are opened as they are bound. The error matches ErrInvalid,
+// and names every field that is wrong, or ErrNotSupported on a 32-bit system.
 func Open(cfg Config) (*Service, error) {
+	if strconv.IntSize < 64 { // 64-bit counters are not aligned there for what is done to them
+		return nil, fmt.Errorf("rds open: %w: 32-bit system", ErrNotSupported)
+	}
 	if err := cfg.validate(); err != nil {
 		return nil, err
 	}
@@ -60,7 +65,8 @@ func newService(cfg Config) *Service {
 // ListenPacket binds a socket to address, an IP literal and a port: "10.0.0.1:4000", "[fd00::1]:4000"; port 0 stands
 // for any free one, port 1 is reserved. The first bind on an address opens its device and accepts connections there.
 //
-// The error is an *OpError that matches ErrAddrInUse, ErrAddrNotAvailable, ErrInvalid, ErrClosed or ctx's error.
+// The error is an *OpError that matches ErrAddrInUse, ErrAddrNotAvailable, ErrInvalid, ErrClosed, ctx's error, or ErrNotSupported where
+// no provider works: softroce needs Linux.
 func (svc *Service) ListenPacket(ctx context.Context, address string) (*Socket, error) {
 	ap, err := netip.ParseAddrPort(address)
 	if err != nil {

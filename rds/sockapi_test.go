@@ -31,8 +31,11 @@ func TestErrnos(t *testing.T) {
 	}
 	// A host without an address, a port that is congested, a socket whose buffer is full, and one that has a type of service.
 	ta.listen = func(a netip.Addr) error {
-		if a == netip.MustParseAddr("10.0.0.66") {
+		switch a {
+		case netip.MustParseAddr("10.0.0.66"):
 			return fmt.Errorf("resolving: %w", verbs.ErrNoSuchAddress)
+		case netip.MustParseAddr("10.0.0.67"): // as on other systems than Linux
+			return fmt.Errorf("opening: %w", verbs.ErrNotSupported)
 		}
 		return nil
 	}
@@ -74,6 +77,7 @@ func TestErrnos(t *testing.T) {
 		{"bind twice, mapped", bindTo("[::ffff:10.0.0.1]:4000"), ErrAddrInUse, syscall.EADDRINUSE},
 
 		{"bind to an address of another host", bindTo("10.0.0.66:4000"), ErrAddrNotAvailable, syscall.EADDRNOTAVAIL},
+		{"bind where there is no provider", bindTo("10.0.0.67:4000"), ErrNotSupported, syscall.EOPNOTSUPP},
 		{"bind to it with a transport chosen", func() error {
 			lc := ListenConfig{Service: a.svc, Transport: TransportIB}
 			_, err := lc.Bind(t.Context(), netip.MustParseAddrPort("10.0.0.66:4000"))
