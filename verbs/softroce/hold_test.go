@@ -11,6 +11,7 @@ import (
 
 	"github.com/openrds/openrds/internal/packetio"
 	"github.com/openrds/openrds/internal/simnet"
+	"github.com/openrds/openrds/internal/wire/roce"
 	"github.com/openrds/openrds/verbs"
 )
 
@@ -280,4 +281,37 @@ func nothingNames(t *testing.T, seed uint64) (invalidated int) {
 		}
 	}
 	return invalidated
+}
+
+// TestDeallocWhileFull: an answer through a window waits for the socket when the window ends. What is in its range is not told any more.
+func TestDeallocWhileFull(t *testing.T) {
+	script(t, func(tc *testContext) {
+		tc.qp.(*qp).pmtu = 4096
+		m, err := tc.pd.RegMR(tc.mem[:8192], 0, accessAll|verbs.AccessMWBind)
+		if err != nil {
+			t.Fatal(err)
+		}
+		w := tc.window(verbs.MWType2A)
+		bind := bindWR(1, w, m, 0, 8192, verbs.AccessRemoteRead)
+		tc.post(bind)
+		tc.wantWC("", 1, verbs.WCSuccess)
+		tc.full(true)
+		tc.write(roce.RCReadRequest, rx(0), true, reth(0, bind.Bind.Key, 4096), nil)
+		tc.wantIdle("the answer waits")
+		if err := w.Dealloc(); err != nil {
+			t.Fatal(err)
+		}
+		tc.dev.role.Lock()
+		for _, v := range tc.dev.tx.vecs {
+			if len(v) > 0 && &v[0] == &tc.mem[0] {
+				t.Error("it is still to be read")
+			}
+		}
+		tc.dev.role.Unlock()
+		tc.full(false)
+		tc.wantIdle("it was lost")
+		if err := m.Deregister(); err != nil {
+			t.Error(err)
+		}
+	})
 }

@@ -67,6 +67,9 @@ func (w *mw) Dealloc() error {
 	}
 	w.gone = true
 	d.mws.remove(w.key.Load() >> 8)
+	if w.mr != nil && d.tx.names(w.mr) {
+		d.tx.makeRoom() // an answer through it, perhaps, that waits for the socket
+	}
 	w.unbind()
 	w.pd.dropChild()
 	return nil
