@@ -7,6 +7,8 @@ import (
 	"strconv"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/openrds/openrds/verbs"
 )
 
@@ -89,6 +91,25 @@ func TestLinkLocalUDP(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// Where a packet goes to is written without asking the kernel for the link's number.
+func TestLinkLocalName(t *testing.T) {
+	addr, index := linkLocal(t)
+	c, err := udpNetwork{rcvbuf: 1 << 16}.Listen(netip.AddrPortFrom(addr, 0))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	u := c.(*udpConn)
+	var sa unix.RawSockaddrInet6
+	to := netip.AddrPortFrom(netip.MustParseAddr("fe80::77"), 4791)
+	if n := testing.AllocsPerRun(10, func() { u.name(&sa, to) }); n != 0 || sa.Scope_id != uint32(index) || sa.Addr != to.Addr().As16() {
+		t.Errorf("%v allocations, %+v, want scope %d", n, sa, index)
+	}
+	if u.name(&sa, netip.AddrPortFrom(netip.MustParseAddr("fd00::77"), 4791)); sa.Scope_id != 0 {
+		t.Errorf("%+v", sa)
 	}
 }
 

@@ -35,6 +35,7 @@ type udpNetwork struct {
 type udpConn struct {
 	fd     int
 	local  netip.AddrPort
+	scope  uint32 // number of local's zone, 0 if it has none: asked for once, not for each packet
 	caps   packetio.Caps
 	gso    bool
 	drops  atomic.Uint64
@@ -144,7 +145,11 @@ func (c *udpConn) open(n udpNetwork) (err error) {
 		_ = unix.SetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_SNDBUF, n.rcvbuf)
 	}
 	_ = unix.SetsockoptInt(c.fd, unix.IPPROTO_UDP, unix.UDP_GRO, 1)
-	if err = unix.Bind(c.fd, sockaddr(c.local)); err != nil {
+	own := sockaddr(c.local)
+	if six, ok := own.(*unix.SockaddrInet6); ok {
+		c.scope = six.ZoneId
+	}
+	if err = unix.Bind(c.fd, own); err != nil {
 		return os.NewSyscallError("bind", err)
 	}
 	granted, _ := unix.GetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_RCVBUF)
@@ -414,10 +419,8 @@ func (c *udpConn) name(sa *unix.RawSockaddrInet6, a netip.AddrPort) uint32 {
 		return unix.SizeofSockaddrInet4
 	}
 	*sa = unix.RawSockaddrInet6{Family: unix.AF_INET6, Port: port, Addr: a.Addr().As16()}
-	if z := c.local.Addr().Zone(); z != "" && a.Addr().IsLinkLocalUnicast() {
-		if ifi, err := net.InterfaceByName(z); err == nil {
-			sa.Scope_id = uint32(ifi.Index)
-		}
+	if a.Addr().IsLinkLocalUnicast() {
+		sa.Scope_id = c.scope
 	}
 	return unix.SizeofSockaddrInet6
 }
