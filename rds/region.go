@@ -135,16 +135,25 @@ func (s *Socket) sendMapped(ctx context.Context, m Message, mem []byte, opt Regi
 	if err != nil {
 		return nil, s.opError("write", to, err)
 	}
-	r, err := s.registerToSend(ctx, to, tos, mem, opt, wait)
-	if err != nil {
-		return nil, s.opError("register", to, err)
-	}
-	m.Cookie = r.cookie
-	if err := s.send(ctx, &m, wait); err != nil {
+	for {
+		r, err := s.registerToSend(ctx, to, tos, mem, opt, wait)
+		if err != nil {
+			return nil, s.opError("register", to, err)
+		}
+		m.Cookie = r.cookie
+		if err = s.send(ctx, &m, wait); err == nil {
+			return r, nil
+		}
+		lost := !r.m.Valid() && errors.Is(err, ErrStaleCookie)
 		r.free(true)
-		return nil, err
+		if !lost {
+			return nil, err
+		}
+		// The key was lost with its connection, between the two. There will be another one.
+		if !wait {
+			return nil, s.opError("register", to, ErrNotReady)
+		}
 	}
-	return r, nil
 }
 
 // registerToSend is registerFor as a part of a write.

@@ -12,9 +12,11 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 
+	"github.com/openrds/openrds/conn"
 	"github.com/openrds/openrds/ibdev"
 	"github.com/openrds/openrds/internal/simnet"
 	"github.com/openrds/openrds/mrpool"
+	"github.com/openrds/openrds/verbs"
 )
 
 // Who registers memory for a peer that cannot be reached waits for the connection, and no longer than the socket is
@@ -216,6 +218,70 @@ func TestCloseUnderWriteWithRegion(t *testing.T) {
 			if err := s.sendExtra(bg(), &m, &item{f: f, port: to.Port()}, to, true); err != ErrClosed {
 				t.Errorf("a write with cookie %v that was overtaken by Close: %v", m.Cookie, err)
 			}
+		}
+	})
+}
+
+// cutLink loses its connection between a mapping, whose request has not been executed by then, and the message that is to tell of it.
+type cutLink struct {
+	link
+	times       int
+	before, cut func()
+}
+
+func (l *cutLink) Map(ctx context.Context, mem []byte, iova uint64, access verbs.Access, wait bool) (*conn.Mapping, error) {
+	now := l.times > 0
+	if now {
+		l.before()
+	}
+	m, err := l.link.Map(ctx, mem, iova, access, wait)
+	if now {
+		l.cut()
+		l.times--
+	}
+	return m, err
+}
+
+// A key that is lost with its connection before its message has gone is none of SendMapped's caller's doing: it maps again.
+func TestSendMappedOverLostConnection(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newRDMAPair(t, "open", Config{})
+		defer p.close(t)
+		to := p.server.AddrPort()
+		mustWrite(t, p.client, []byte("hello"), to)
+		mustReceive(t, p.server)
+		d, err := p.client.la.dest(to.Addr(), 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		const ahead = 300 // more than are under way at once
+		cut := &cutLink{link: d.link, before: func() {
+			p.net.Partition(addrA, addrB)
+			for range ahead {
+				mustWrite(t, p.client, make([]byte, 10_000), to)
+			}
+		}, cut: func() {
+			time.Sleep(time.Minute)
+			p.net.Heal(addrA, addrB)
+			for range ahead {
+				mustReceive(t, p.server)
+			}
+		}}
+		d.link = cut
+
+		cut.times = 1
+		r, err := p.client.SendMapped(bg(), Message{Peer: to, Data: []byte("mapped")}, make([]byte, 100), RegionOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if m := mustReceive(t, p.server); string(m.Data) != "mapped" || m.Cookie != r.Cookie() || r.Err() != nil {
+			t.Errorf("%q with cookie %v, and the region is %v: %v", m.Data, m.Cookie, r.Cookie(), r.Err())
+		}
+		r.Close()
+
+		cut.times = 1
+		if _, err := p.client.TrySendMapped(Message{Peer: to}, make([]byte, 100), RegionOptions{}); !errors.Is(err, ErrNotReady) || errors.Is(err, ErrStaleCookie) {
+			t.Errorf("without waiting: %v", err)
 		}
 	})
 }
