@@ -119,6 +119,7 @@ func TestCommandErrors(t *testing.T) {
 		{"one address", []string{"--addr", "127.0.0.1"}, 2, "not two addresses"},
 		{"same address twice", []string{"--addr", "127.0.0.1,127.0.0.1"}, 2, "an address each"},
 		{"addresses of two IPs", []string{"--addr", "127.0.0.1,::1"}, 2, "different IP versions"},
+		{"UDP over IPv6", []string{"client", "--compare", "tcp,udp", "::1"}, 2, "udp knows IPv4 only"},
 		{"client with an address of the other IP", []string{"client", "--addr", "::1", "127.0.0.1"}, 2, "different IP versions"},
 		{"wrong command", []string{"now"}, 2, `"now" is no command`},
 		{"unexpected argument", []string{"server", "now"}, 2, `unexpected argument "now"`},

@@ -183,7 +183,7 @@ func (c *client) run(ctx context.Context, s spec) (r *result, err error) {
 		}
 		connected <- err
 	}()
-	err = side.connect(connectCtx, res.Addrs)
+	err = side.connect(connectCtx, onLink(c.conn.localAddr(), res.Addrs))
 	if serr := <-connected; serr != nil {
 		return nil, serr // the cause; ours is that we were told to stop
 	}

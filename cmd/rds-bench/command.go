@@ -337,6 +337,9 @@ func resolveServer(ctx context.Context, s string) (netip.AddrPort, error) {
 
 // measure runs the ladder against a server and reports.
 func (f *clientFlags) measure(ctx context.Context, server netip.AddrPort, local netip.Addr, stdout, stderr io.Writer) (err error) {
+	if !server.Addr().Unmap().Is4() && slices.Contains(f.params.Compare, transportUDP) {
+		return usage(fmt.Errorf("--compare: udp knows IPv4 only, and not %v", server.Addr()))
+	}
 	stopProfile, err := startProfile(f.profile, ".client")
 	if err != nil {
 		return err

@@ -126,3 +126,15 @@ func (c *controlConn) localAddr() netip.Addr {
 func (c *controlConn) remoteAddr() netip.Addr {
 	return c.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap()
 }
+
+// onLink are addresses that the other host, which has its own name for the link, has told, as seen from own.
+func onLink(own netip.Addr, told []netip.AddrPort) []netip.AddrPort {
+	var out []netip.AddrPort
+	for _, a := range told {
+		if own.Zone() != "" && a.Addr().Is6() && a.Addr().IsLinkLocalUnicast() {
+			a = netip.AddrPortFrom(a.Addr().WithZone(own.Zone()), a.Port())
+		}
+		out = append(out, a)
+	}
+	return out
+}

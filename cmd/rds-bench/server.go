@@ -152,7 +152,7 @@ func (s *session) answer(req *request) (response, error) {
 			return res, err
 		}
 	case at{opConnect, stagePrepared}:
-		next, err = stageConnected, s.side.connect(s.ctx, req.Addrs)
+		next, err = stageConnected, s.side.connect(s.ctx, onLink(s.conn.localAddr(), req.Addrs))
 	case at{opStart, stageConnected}:
 		s.side.start()
 		next = stageStarted

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"io"
 	"net"
+	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -159,4 +161,27 @@ func FuzzRequest(f *testing.F) {
 			t.Fatalf("%+v passes as valid", *s)
 		}
 	})
+}
+
+// A link has a name on either host.
+func TestOnLink(t *testing.T) {
+	at := func(as ...string) (out []netip.AddrPort) {
+		for _, a := range as {
+			out = append(out, netip.MustParseAddrPort(a))
+		}
+		return out
+	}
+	told := at("[fe80::1%far]:5", "[fe80::2]:6", "[fd00::1]:7", "10.0.0.1:8", "169.254.0.1:9")
+	for _, c := range []struct {
+		own  string
+		want []netip.AddrPort
+	}{
+		{"fe80::9%near", at("[fe80::1%near]:5", "[fe80::2%near]:6", "[fd00::1]:7", "10.0.0.1:8", "169.254.0.1:9")},
+		{"fd00::9", told},
+		{"10.0.0.9", told},
+	} {
+		if got := onLink(mustAddr(c.own), told); !slices.Equal(got, c.want) {
+			t.Errorf("%s: %v", c.own, got)
+		}
+	}
 }

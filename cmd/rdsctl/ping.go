@@ -90,8 +90,16 @@ func (f *pingFlags) run(ctx context.Context, dest string, stdout, stderr io.Writ
 			return usageError{fmt.Errorf("--source: %q is no address", f.source)}
 		}
 		f.cfg.Source = f.cfg.Source.Unmap()
-	} else if f.cfg.Source, err = sourceFor(f.cfg.Dest); err != nil {
-		return err
+	}
+	if d := f.cfg.Dest; d.Is6() && d.IsLinkLocalUnicast() && d.Zone() == "" {
+		if f.cfg.Dest = d.WithZone(f.cfg.Source.Zone()); f.cfg.Dest.Zone() == "" {
+			return usageError{fmt.Errorf("%v needs a zone, as in %v%%eth0", d, d)}
+		}
+	}
+	if f.source == "" {
+		if f.cfg.Source, err = sourceFor(f.cfg.Dest); err != nil {
+			return err
+		}
 	}
 	if f.cfg.Source.Is4() != f.cfg.Dest.Is4() {
 		return usageError{fmt.Errorf("source %v and destination %v are of different IP versions", f.cfg.Source, f.cfg.Dest)}

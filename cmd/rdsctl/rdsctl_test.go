@@ -171,7 +171,7 @@ func TestPing(t *testing.T) {
 		t.Errorf("nobody answers: status %d, %q, %q", code, out, errs)
 	}
 	for _, c := range [][]string{{"ping"}, {"ping", "-i", "0", "127.0.0.1"}, {"ping", "-i", "x", "127.0.0.1"}, {"ping", "-c", "-1", "127.0.0.1"}, {"ping", "-I", "me", "127.0.0.1"},
-		{"ping", "--none", "127.0.0.1"}, {"ping", "--wait", "-1s", "127.0.0.1"}, {"ping", "-I", "::1", "127.0.0.1"}} {
+		{"ping", "--none", "127.0.0.1"}, {"ping", "--wait", "-1s", "127.0.0.1"}, {"ping", "-I", "::1", "127.0.0.1"}, {"ping", "fe80::1"}} {
 		if _, errs, code := rdsctl(t.Context(), c...); code != 2 || errs == "" {
 			t.Errorf("%v: status %d, %q", c, code, errs)
 		}
