@@ -50,7 +50,7 @@ type Config struct {
 	// has one for every address of this host, on Network and UDPPort.
 	Providers []verbs.Provider
 
-	// Network carries the packets of the default provider; nil: UDP sockets.
+	// Network carries the packets of the default provider; nil: UDP sockets. Its type is internal: this project's tests have others.
 	Network packetio.Network
 	// UDPPort is the UDP port of the default provider; 0: 4791, RoCEv2's.
 	UDPPort uint16

@@ -4,39 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log"
 	"os"
 	"time"
 
 	"github.com/openrds/openrds/rds"
 )
-
-// Two sockets, here in one process. Nothing is connected: the first datagram makes the connection.
-func Example() {
-	ctx := context.Background()
-	server, client := open(), open()
-	defer server.Close()
-	defer client.Close() // waits until everything is acknowledged
-
-	s, err := server.ListenPacket(ctx, "127.0.0.31:4000")
-	check(err)
-	c, err := client.ListenPacket(ctx, "127.0.0.32:0")
-	check(err)
-
-	_, err = c.WriteTo([]byte("hello"), s.LocalAddr())
-	check(err)
-
-	p := make([]byte, rds.MaxMessageSize)
-	n, from, err := s.ReadFrom(p)
-	check(err)
-	_, err = s.WriteTo(append(p[:n], " yourself"...), from)
-	check(err)
-
-	n, _, err = c.ReadFrom(p)
-	check(err)
-	fmt.Printf("%s\n", p[:n])
-	// Output: hello yourself
-}
 
 // Receive lends a datagram instead of copying it.
 func ExampleSocket_Receive() {
@@ -94,6 +66,40 @@ func ExampleDialer() {
 	check(err)
 	fmt.Println(string(p[:n]), from.String() == c.LocalAddr().String())
 	// Output: ping true
+}
+
+// A write that does not wait says which port is congested, and when it is worth trying again.
+func ExampleCongestedError() {
+	ctx := context.Background()
+	svc := open()
+	defer svc.Close()
+	a, err := svc.ListenPacket(ctx, "127.0.0.31:4000")
+	check(err)
+	slow, err := svc.ListenPacket(ctx, "127.0.0.31:4001")
+	check(err)
+	check(slow.SetReadBuffer(1000))
+	read := make(chan int)
+	go func() {
+		p := make([]byte, 500)
+		for range 10 {
+			time.Sleep(time.Millisecond)
+			_, _, err := slow.ReadFrom(p)
+			check(err)
+		}
+		read <- 10
+	}()
+
+	for sent := 0; sent < 10; {
+		err := a.TrySend(rds.Message{Peer: slow.AddrPort(), Data: make([]byte, 500)})
+		if congested, ok := errors.AsType[*rds.CongestedError](err); ok {
+			<-congested.Ready() // or whatever else there is to do, in a select
+			continue
+		}
+		check(err)
+		sent++
+	}
+	fmt.Println("read:", <-read)
+	// Output: read: 10
 }
 
 // Alloc saves the copy that Send makes of a payload, and Notify tells when the peer has it.
@@ -181,17 +187,4 @@ func ExampleSocket_SyscallConn() {
 	})
 	check(err)
 	// Output: to myself from 127.0.0.31:4000
-}
-
-func open() *rds.Service {
-	// Left out, the port is RoCEv2's own, 4791. Both ends must have the same.
-	svc, err := rds.Open(rds.Config{UDPPort: uint16(20000 + os.Getpid()%10000)})
-	check(err)
-	return svc
-}
-
-func check(err error) {
-	if err != nil {
-		log.Fatal(err)
-	}
 }
