@@ -76,6 +76,8 @@ type udpConn struct {
 	woken   atomic.Bool        // an eventfd write is outstanding
 	wakeMu  sync.Mutex         // held while evfd is written to, and to set closed
 	onReady func(uintptr) bool // ready, made once
+	armMu   sync.Mutex
+	waiting bool // in Wait; guarded by armMu
 }
 
 // mmsghdr is struct mmsghdr.
@@ -519,13 +521,19 @@ func (c *udpConn) Wait(deadline time.Time, wantWrite bool) error {
 	if err := c.setTimer(deadline); err != nil {
 		return err
 	}
+	events := uint32(unix.EPOLLIN)
 	if wantWrite {
-		// Receiving waits until what is blocked has left (see device.step).
-		c.arm(unix.EPOLLOUT)
-	} else {
-		c.arm(unix.EPOLLIN)
+		events = unix.EPOLLOUT // receiving waits until what is blocked has left (see device.step)
 	}
-	return c.sleep()
+	c.armMu.Lock()
+	c.waiting = true
+	c.arm(events)
+	c.armMu.Unlock()
+	err := c.sleep()
+	c.armMu.Lock()
+	c.waiting = false
+	c.armMu.Unlock()
+	return err
 }
 
 // Sleep implements packetio.Sleeper: the one-shot stays unarmed.
@@ -539,8 +547,14 @@ func (c *udpConn) Sleep(deadline time.Time) error {
 	return c.sleep()
 }
 
-// Arm implements packetio.Sleeper.
-func (c *udpConn) Arm() { c.arm(unix.EPOLLIN) }
+// Arm implements packetio.Sleeper. The Sleep it was meant for may have become a Wait, which is armed as it wants to be.
+func (c *udpConn) Arm() {
+	c.armMu.Lock()
+	defer c.armMu.Unlock()
+	if !c.waiting {
+		c.arm(unix.EPOLLIN)
+	}
+}
 
 func (c *udpConn) arm(events uint32) {
 	if c.off.Load() {

@@ -80,3 +80,46 @@ func TestUDPWakeAgainstClose(t *testing.T) {
 		}
 	}
 }
+
+// TestArmWhileFull: who has polled, and goes to sleep, finds the engine about to wait for a full socket. It still hears that there is room.
+func TestArmWhileFull(t *testing.T) {
+	pc, err := udpNetwork{}.Listen(netip.MustParseAddrPort("127.0.0.73:0"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pc.Close()
+	c := pc.(*udpConn)
+	// A socket that is full until its other end is read.
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	unix.Close(c.fd)
+	c.fd = fds[0]
+	defer unix.Close(fds[1])
+	if err := unix.EpollCtl(c.ep, unix.EPOLL_CTL_ADD, c.fd, &unix.EpollEvent{Events: unix.EPOLLONESHOT, Fd: int32(c.fd)}); err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	for ; unix.Send(c.fd, make([]byte, 4096), 0) == nil; n++ {
+	}
+	done := make(chan error, 1)
+	go func() { done <- c.Wait(time.Time{}, true) }()
+	time.Sleep(20 * time.Millisecond) // it waits
+	c.Arm()
+	for range n {
+		if _, err := unix.Read(fds[1], make([]byte, 4096)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	select {
+	case err := <-done:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(5 * time.Second):
+		t.Error("there is room, and nobody knows")
+		c.Wake()
+		<-done
+	}
+}
