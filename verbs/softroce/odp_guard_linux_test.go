@@ -254,3 +254,40 @@ func TestForeignMemory(t *testing.T) {
 		}
 	})
 }
+
+// faultyPlacer is a network that cannot write where it is told to.
+type faultyPlacer struct{ calls int }
+
+func (p *faultyPlacer) RecvPlaced([]packetio.RxTrain, packetio.Layout, [][]byte) (int, error) {
+	if p.calls++; p.calls > 100 {
+		panic("BUG: asked for ever")
+	}
+	return 0, syscall.EFAULT
+}
+
+func (*faultyPlacer) Linear(int) []byte { return nil }
+
+// TestPlacementFault: receive buffers that were unmapped are the error of who receives into them, and not the end of all receiving.
+func TestPlacementFault(t *testing.T) {
+	script(t, func(tc *testContext) {
+		vs, err := tc.pd.CreateSRQ(verbs.SRQConfig{MaxWR: 4})
+		if err != nil {
+			t.Fatal(err)
+		}
+		tc.more = append(tc.more, vs.Close)
+		if _, err := vs.PostRecv([]verbs.RecvWR{{ID: 1, SGs: tc.sge(0, 65536)}}); err != nil {
+			t.Fatal(err)
+		}
+		p := &faultyPlacer{}
+		tc.dev.role.Lock()
+		tc.dev.place = placement{conn: p, srq: vs.(*srq), layout: packetio.Layout{Hdr: roce.BTHLen, Payload: 4096, Tail: roce.ICRCLen, Segs: 15}}
+		tc.dev.role.Unlock()
+		tc.postRecv(verbs.RecvWR{ID: 2, SGs: tc.sge(1<<17, 100)})
+		tc.write(roce.RCSendOnly, rx(0), true, nil, []byte("hello"))
+		tc.wantAck("others receive", roce.SynACK, rx(0))
+		tc.wantWC("", 2, verbs.WCSuccess)
+		if p.calls != 1 {
+			t.Errorf("tried %d times", p.calls)
+		}
+	})
+}

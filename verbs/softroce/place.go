@@ -45,7 +45,16 @@ func (d *device) receiveBatch() int {
 		return d.receiveBatch()
 	}
 	n, err := pl.conn.RecvPlaced(d.rx[:k], pl.layout, pl.bufs[:k])
-	if err != nil || n == 0 {
+	if err != nil {
+		// The kernel cannot write there (EFAULT), say, and what it had for it is lost. It would be so for ever: the request stays the next
+		// one until something arrives the ordinary way, and fails.
+		if isFault(err) {
+			d.stats.add(cMemoryFaults, 1)
+		}
+		pl.srq = nil
+		return 1
+	}
+	if n == 0 {
 		return 0
 	}
 	hit := false
