@@ -28,7 +28,8 @@ type Service struct {
 	ops   sync.Pool // *operation
 	ctr   counters
 
-	closed atomic.Bool // decides; set under mu
+	closed atomic.Bool   // decides; set under mu
+	down   chan struct{} // closed at the end of Close
 
 	mu     sync.Mutex                                // writers of locals
 	locals atomic.Pointer[map[netip.Addr]*localAddr] // immutable
@@ -56,7 +57,7 @@ func Open(cfg Config) (*Service, error) {
 
 // newService is a Service without a transport.
 func newService(cfg Config) *Service {
-	svc := &Service{cfg: cfg.withDefaults(), began: time.Now()}
+	svc := &Service{cfg: cfg.withDefaults(), began: time.Now(), down: make(chan struct{})}
 	svc.log = svc.cfg.Logger
 	svc.locals.Store(&map[netip.Addr]*localAddr{})
 	return svc
@@ -182,17 +183,20 @@ func (svc *Service) eachSocket(f func(*Socket)) {
 }
 
 // Close closes all sockets, waits until the peers have acknowledged what was written, at most Config.Linger, and
-// ends all connections. The error is an *AbandonedError if messages were left then; it also counts the memory of
-// messages that are still lent, which they keep. Once it has returned, no goroutine of the Service runs. The second call
-// returns nil.
+// ends all connections. The error is an *AbandonedError if messages were left then; it also counts the memory of messages that
+// are still lent, and of SendBufs, which they keep: also of a SendBuf whose Send it has woken, and who has not come to freeing it. Once
+// it has returned, no goroutine of the Service runs. The second call returns nil when the first one is through: a program that
+// closes in a signal's handler may leave main by another Close.
 func (svc *Service) Close() error {
 	svc.mu.Lock()
 	if svc.closed.Load() {
 		svc.mu.Unlock()
+		<-svc.down
 		return nil
 	}
 	svc.closed.Store(true)
 	svc.mu.Unlock()
+	defer close(svc.down)
 
 	// 1. No new work: no binds (closed), no writes.
 	locals := *svc.locals.Load()

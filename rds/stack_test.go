@@ -417,6 +417,29 @@ func TestStackCloseLingers(t *testing.T) {
 	})
 }
 
+// A second Close, in main perhaps while a signal's handler is in the first, does not return before that is through: the process would
+// end with datagrams unsent.
+func TestStackCloseTwice(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		svc := openSim(t, simnet.New(1, simnet.Config{}), Config{Linger: 4 * time.Second})
+		a := bind(t, svc, ap(addrA, 4000))
+		mustWrite(t, a, []byte("nobody is there"), ap(addrB, 4000))
+		first := make(chan error, 1)
+		start := time.Now()
+		go func() { first <- svc.Close() }()
+		time.Sleep(time.Second)
+		if err := svc.Close(); err != nil {
+			t.Errorf("the second Close: %v", err)
+		}
+		if d := time.Since(start); d < 4*time.Second {
+			t.Errorf("the second Close is through after %v", d)
+		}
+		if err := <-first; !errors.As(err, new(*AbandonedError)) {
+			t.Errorf("the first Close: %v", err)
+		}
+	})
+}
+
 // One of eight sockets never reads, another keeps 10,000 messages: the others do not notice.
 func TestStackSlowReaders(t *testing.T) {
 	for _, size := range []int{200, 3000} {
