@@ -109,7 +109,10 @@ func (f *pingFlags) run(ctx context.Context, dest string, stdout, stderr io.Writ
 	if err != nil {
 		return err
 	}
-	if sum.Received < sum.Sent {
+	switch {
+	case sum.Sent == 0: // interrupted before anybody could tell
+		fmt.Fprintf(stderr, "rdsctl: no answer from %v to %v\n", f.cfg.Dest, f.cfg.Source)
+	case sum.Received < sum.Sent:
 		fmt.Fprintf(stderr, "rdsctl: %v answered %d of %d pings from %v\n", f.cfg.Dest, sum.Received, sum.Sent, f.cfg.Source)
 	}
 	if sum.Received == 0 {

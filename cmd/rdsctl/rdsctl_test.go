@@ -170,6 +170,12 @@ func TestPing(t *testing.T) {
 	if code != 1 || out != "" || errs != "rdsctl: 127.0.0.98 answered 0 of 1 pings from 127.0.0.97\n" {
 		t.Errorf("nobody answers: status %d, %q, %q", code, out, errs)
 	}
+	interrupted, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	out, errs, code = rdsctl(interrupted, "--dir", dir, "ping", "-I", "127.0.0.97", "--roce-port", fmt.Sprint(port), "127.0.0.98")
+	if code != 1 || out != "" || !strings.HasPrefix(errs, "rdsctl: 127.0.0.98 answered 0 of ") {
+		t.Errorf("interrupted: status %d, %q, %q", code, out, errs)
+	}
 	for _, c := range [][]string{{"ping"}, {"ping", "-i", "0", "127.0.0.1"}, {"ping", "-i", "x", "127.0.0.1"}, {"ping", "-c", "-1", "127.0.0.1"}, {"ping", "-I", "me", "127.0.0.1"},
 		{"ping", "--none", "127.0.0.1"}, {"ping", "--wait", "-1s", "127.0.0.1"}, {"ping", "-I", "::1", "127.0.0.1"}, {"ping", "fe80::1"}} {
 		if _, errs, code := rdsctl(t.Context(), c...); code != 2 || errs == "" {

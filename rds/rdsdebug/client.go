@@ -66,6 +66,14 @@ func (c *Client) Info(ctx context.Context, items rds.InfoItems) (*rds.Info, erro
 	return &in, nil
 }
 
+// broken is the error of an answer that could not be read to its end.
+func (c *Client) broken(err error) error {
+	if errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF) {
+		return fmt.Errorf("%s: the process has closed it or ended: %w", c.path, err)
+	}
+	return fmt.Errorf("%s: %w", c.path, err)
+}
+
 // Ping pings from one of the process's addresses.
 func (c *Client) Ping(ctx context.Context, cfg rdsping.Config, report func(rdsping.Reply)) (rdsping.Summary, error) {
 	body, err := json.Marshal(cfg)
@@ -84,7 +92,7 @@ func (c *Client) Ping(ctx context.Context, cfg rdsping.Config, report func(rdspi
 			if ctx.Err() != nil {
 				return sum, nil // the user ended it; the replies have been counted
 			}
-			return sum, fmt.Errorf("%s: %w", c.path, err)
+			return sum, c.broken(err)
 		}
 		switch {
 		case l.Reply != nil:
@@ -119,8 +127,11 @@ func (c *Client) Trace(ctx context.Context, w io.Writer, packets int, full bool)
 	defer resp.Body.Close()
 	_, err = io.Copy(w, resp.Body)
 	missed, _ = strconv.ParseUint(resp.Trailer.Get(missedTrailer), 10, 64)
-	if ctx.Err() != nil {
-		err = nil
+	switch {
+	case err == nil || ctx.Err() != nil:
+		return missed, nil
+	case errors.Is(err, io.ErrUnexpectedEOF):
+		return missed, c.broken(err)
 	}
 	return missed, err
 }

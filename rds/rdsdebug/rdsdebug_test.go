@@ -1,6 +1,7 @@
 package rdsdebug_test
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
 	"io"
@@ -164,6 +165,42 @@ func TestPingSilence(t *testing.T) {
 	sum, err := rdsping.Run(t.Context(), svc, cfg, func(r rdsping.Reply) { t.Errorf("reply %v", r) })
 	if err != nil || sum.Sent != 3 || sum.Received != 0 {
 		t.Errorf("%+v, %v", sum, err)
+	}
+}
+
+// A process that ends in the midst of an answer is what the error says.
+func TestProcessEnds(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "x.sock")
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	defer func() {
+		l.Close()
+		<-done
+	}()
+	go func() {
+		defer close(done)
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			if _, err := http.ReadRequest(bufio.NewReader(c)); err != nil {
+				t.Error(err)
+			}
+			io.WriteString(c, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{")
+			c.Close()
+		}
+	}()
+	c := rdsdebug.NewClient(path)
+	_, pinged := c.Ping(t.Context(), rdsping.Config{Source: addrA, Dest: addrB}, nil)
+	_, traced := c.Trace(t.Context(), io.Discard, 0, false)
+	for _, err := range []error{pinged, traced} {
+		if err == nil || !strings.Contains(err.Error(), "closed it or ended") {
+			t.Error(err)
+		}
 	}
 }
 
