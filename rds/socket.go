@@ -12,7 +12,10 @@ import (
 // Socket is a bound port. It sends to and receives from every host. All methods may be called
 // from any goroutine.
 //
-// A Socket is a net.PacketConn, and once it has a default destination (Connect) a net.Conn as well.
+// A Socket is a net.PacketConn, and once it has a default destination (Connect) a net.Conn as well, in the way in which a net.UDPConn
+// is one: each Write is a datagram, each Read takes one, an empty one is 0 bytes and no error, and there is no io.EOF. What reads
+// through a buffer of its own must have room in it for the longest datagram, bufio.NewReaderSize(s, MaxMessageSize) for any: what does
+// not fit is lost, and the read fails with io.ErrShortBuffer.
 type Socket struct {
 	svc  *Service
 	la   *localAddr
