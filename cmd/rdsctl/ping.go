@@ -31,7 +31,8 @@ func newPing(c *common, stdout, stderr io.Writer) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "ping DESTINATION",
 		Short: "Ask a host's RDS for a sign of life",
-		Long: `ping sends empty datagrams to port 0 of a host, which its RDS answers, kernel or not, whatever applications do.
+		Long: `ping sends empty datagrams to port 0 of a host, which its RDS answers, kernel or not, whatever applications do. Without a kernel's RDS
+an address answers while a process has a socket bound to it.
 
 If a running process owns the source address, the ping goes through that process and its connection; otherwise rdsctl opens the
 address itself. Without -I the source is the address from which the host reaches the destination.
