@@ -6,6 +6,8 @@ import (
 	"net"
 	"net/netip"
 	"time"
+
+	"github.com/openrds/openrds/internal/invariants"
 )
 
 // Message is a datagram to send, or one that was received and is lent.
@@ -40,6 +42,7 @@ type Message struct {
 	sock   *Socket // lender; nil once released
 	blk    *block  // holds Data, if not nil
 	ext    *extMsg // holds the pieces, if not nil
+	spent  *loans  // under the tag invariants, once released: who wants to hear of a second time
 }
 
 // ReceiveLatency is where a message was on its way from the device to the application.
@@ -83,10 +86,14 @@ func (m *Message) Buffers() net.Buffers {
 
 // Release gives a received message back. It must be called once, from any goroutine, also after the
 // socket was closed; neither m nor its payload may be used after it. It does nothing to a message
-// that was not received.
+// that was not received. A second Release may be another message's, whose reader then has nothing: under the tag
+// invariants Service.Close names it.
 func (m *Message) Release() {
 	s := m.sock
 	if s == nil {
+		if m.spent != nil {
+			m.spent.again("Message")
+		}
 		return
 	}
 	if m.blk != nil {
@@ -98,6 +105,10 @@ func (m *Message) Release() {
 	s.svc.lent.remove(m.loan)
 	*m = Message{}
 	s.loans.Add(-1)
+	if invariants.Enabled {
+		m.spent = &s.svc.lent // and is not used again
+		return
+	}
 	s.svc.msgs.Put(m)
 }
 

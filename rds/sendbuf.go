@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 
 	"github.com/openrds/openrds/conn"
@@ -179,8 +180,9 @@ func (b *SendBuf) put(ctx context.Context, it *item, wait bool) error {
 // loans are what a Service's application has borrowed and not given back: messages and SendBufs. Under the tag invariants
 // each is known with where that was.
 type loans struct {
-	mu   sync.Mutex
-	list map[*loan]struct{} // guarded by mu
+	mu    sync.Mutex
+	list  map[*loan]struct{} // guarded by mu
+	twice []string           // given back that often; guarded by mu
 }
 
 type loan struct {
@@ -212,17 +214,25 @@ func (l *loans) remove(o *loan) {
 	l.mu.Unlock()
 }
 
-// err names what is still lent.
+// again is told of a loan that is given back a second time by the caller's caller.
+func (l *loans) again(what string) {
+	site := fmt.Sprintf("%s, given back a second time at\n%v", what, invariants.Caller(0))
+	l.mu.Lock()
+	l.twice = append(l.twice, site)
+	l.mu.Unlock()
+}
+
+// err names what is still lent, and what was given back twice.
 func (l *loans) err() error {
 	if !invariants.Enabled {
 		return nil
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if len(l.list) == 0 {
+	if len(l.list) == 0 && len(l.twice) == 0 {
 		return nil
 	}
-	e := &LoanError{}
+	e := &LoanError{Sites: slices.Clone(l.twice)}
 	for o := range l.list {
 		e.Sites = append(e.Sites, fmt.Sprintf("%s, lent at\n%v", o.what, o.where))
 	}
@@ -230,13 +240,13 @@ func (l *loans) err() error {
 }
 
 // LoanError is what Service.Close returns under the tag invariants when the application has not given back what it
-// had borrowed.
+// had borrowed, or has done so twice.
 type LoanError struct {
-	Sites []string // each with the stack of the call that lent it
+	Sites []string // each with the stack of the call that lent it, or that gave it back the second time
 }
 
 func (e *LoanError) Error() string {
-	s := fmt.Sprintf("rds close: %d loans out", len(e.Sites))
+	s := fmt.Sprintf("rds close: %d loans out, or given back twice", len(e.Sites))
 	for _, site := range e.Sites {
 		s += "\n" + site
 	}

@@ -592,6 +592,11 @@ func TestLoanReports(t *testing.T) {
 	if err := svc.lent.err(); err != nil {
 		t.Error(err)
 	}
+	m.Release()
+	if err := svc.lent.err(); !errors.As(err, &le) || len(le.Sites) != 1 || strings.Count(err.Error(), "TestLoanReports") != 1 {
+		t.Errorf("after a second Release: %v", err)
+	}
+	b.Free() // that is allowed
 }
 
 // Stamps of messages of every kind of place: inline, lent, in pieces, with a cookie, within the Service.
