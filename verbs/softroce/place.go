@@ -65,7 +65,12 @@ func (d *device) receiveBatch() int {
 				hit = true
 				continue
 			}
-			t.Data, t.Placed = pl.conn.Linear(i), false
+		}
+		// What it turns out to be may take several requests, those among them that the trains behind it lie in.
+		for j := i; j < n; j++ {
+			if t := &d.rx[j]; t.Placed {
+				t.Data, t.Placed = pl.conn.Linear(j), false
+			}
 		}
 		d.receive(t)
 	}
