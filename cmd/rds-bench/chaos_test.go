@@ -46,6 +46,14 @@ func TestCommandChaos(t *testing.T) {
 	}
 }
 
+// A measurement in which no device went has shown nothing, and says so.
+func TestChaosNone(t *testing.T) {
+	stdout, stderr, code := runCommand(t, "--addr", ownLoopback(91)+","+ownLoopback(92), "--sizes", "64", "--verify", "--chaos", "devices", "--chaos-every", "1h", "--duration", "200ms", "--warmup", "10ms")
+	if code != 1 || !strings.Contains(stderr, "no device went in 2 runs of 100ms") || strings.Contains(stdout, "0 lost") {
+		t.Errorf("exit status %d, %s\n%s", code, stderr, stdout)
+	}
+}
+
 // A goroutine that outlives the Service is found.
 func TestAuditFindsGoroutine(t *testing.T) {
 	tr, err := openRDS(rdsOptions{Dialect: dialectOpen, Port: 4791, Audit: true}, hclog.NewNullLogger())

@@ -381,7 +381,10 @@ func (f *clientFlags) measure(ctx context.Context, server netip.AddrPort, local 
 	if err == nil {
 		err = c.bye()
 	}
-	rep.Clean = err == nil && p.Chaos != "" && p.Verify
+	if err == nil && ctx.Err() == nil && p.Chaos != "" && rep.Removals() == 0 {
+		err = fmt.Errorf("no device went in %d runs of %v: --duration, which is that of all of them, is too short for --chaos-every %v", len(results), p.Duration, p.ChaosEvery)
+	}
+	rep.Clean = err == nil && p.Chaos != "" && p.Verify && rep.Removals() > 0
 	if cerr := c.close(); err == nil {
 		err = cerr
 	}

@@ -25,7 +25,7 @@ type report struct {
 	Start         start    `json:"start"`
 	Runs          []result `json:"runs"`
 
-	// Clean says of a measurement with removals of devices that nothing was lost, nothing repeated, and nothing left behind by
+	// Clean says of a measurement with removals of devices, of which there were some, that nothing was lost, nothing repeated, and nothing left behind by
 	// either process.
 	Clean bool `json:"clean,omitempty"`
 }
@@ -237,18 +237,25 @@ func (r *report) writeTable(w io.Writer) error {
 		_, err = fmt.Fprint(w, "offered/s: due at that rate, each answered; µs counts from when it was due to its answer.\n")
 	}
 	if r.Clean {
-		removals, failed := uint64(0), uint64(0)
+		failed := uint64(0)
 		for i := range r.Runs {
-			removals += r.Runs[i].Removals
 			failed += r.Runs[i].RDMAFailed
 		}
-		_, err = fmt.Fprintf(w, "\nDevices were removed and added again %s times: 0 lost, 0 duplicated, 0 leaked", groupDigits(float64(removals)))
+		_, err = fmt.Fprintf(w, "\nDevices were removed and added again %s times: 0 lost, 0 duplicated, 0 leaked", groupDigits(float64(r.Removals())))
 		if p.RDMA != nil {
 			_, err = fmt.Fprintf(w, "; %s operations failed with them, each accounted for", groupDigits(float64(failed)))
 		}
 		fmt.Fprintln(w, ".")
 	}
 	return err
+}
+
+// Removals is how often a device went in all runs together.
+func (r *report) Removals() (n uint64) {
+	for i := range r.Runs {
+		n += r.Runs[i].Removals
+	}
+	return n
 }
 
 // head is the table's heading. hasLoad: there are runs of a rate.
