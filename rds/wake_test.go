@@ -149,8 +149,10 @@ func TestLocalBeforeAccounts(t *testing.T) {
 	a, b := bind(t, svc, ap(addrA, 4000)), bind(t, svc, ap(addrB, 5000))
 	svc.peerOf(addrB, addrA).queued.Add(-chargeOf(100))
 	mustWrite(t, a, make([]byte, 100), b.AddrPort())
-	if _, err := b.TryReceive(); err != nil {
+	if m, err := b.TryReceive(); err != nil {
 		t.Errorf("lost: %v", err)
+	} else {
+		m.Release()
 	}
 	svc.peerOf(addrB, addrA).queued.Add(chargeOf(100))
 }
