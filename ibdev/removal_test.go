@@ -167,8 +167,11 @@ func TestFailedDeviceHoldsItsAddress(t *testing.T) {
 			var d2 *Device
 			opened := make(chan struct{})
 			go func() {
-				d2 = r.open(addrA)
-				close(opened)
+				defer close(opened)
+				var err error
+				if d2, err = r.reg.Await(t.Context(), addrA); err != nil { // between Remove and Add there is no such address
+					t.Error(err)
+				}
 			}()
 			time.Sleep(time.Hour)
 			select {
