@@ -92,9 +92,11 @@ type Link struct {
 	hmem    []byte
 	closed  atomic.Bool // drained or being drained: nothing goes up any more
 	broken  atomic.Bool
-	flushed atomic.Bool   // the QP is in ERR, and what is posted goes nowhere; why, is still to come
-	drained chan struct{} // closed when the marker was polled
-	quiet   bool          // Close does not tell the peer
+	why     atomic.Pointer[error] // it failed, and nobody has been told
+	made    atomic.Bool           // qp is set
+	flushed atomic.Bool           // the QP is in ERR, and what is posted goes nowhere; why, is still to come
+	drained chan struct{}         // closed when the marker was polled
+	quiet   bool                  // Close does not tell the peer
 
 	// The ring: request number i, a SEND or a part of an Op, is in slot i mod Ring. The transmitter moves head, the send
 	// handler tail. The slots between belong to the QP.
@@ -169,12 +171,20 @@ func NewLink(dev *ibdev.Device, mem *slab.Slab, cfg Config, num uint32, up Upper
 	}
 	l.hdrs, l.hmem = hdrs, hdrs.Bytes()
 	// One more than the ring: the marker. And what maps memory.
-	l.qp, err = dev.CreateQP(ibdev.QPConfig{MaxSendWR: cfg.Ring + 1 + poolWRs, MaxSendSGE: max(maxSGE, l.opSGE), Recv: cfg.Recv}, l)
+	qp, err := dev.CreateQP(ibdev.QPConfig{MaxSendWR: cfg.Ring + 1 + poolWRs, MaxSendSGE: max(maxSGE, l.opSGE), Recv: cfg.Recv}, l)
 	if err != nil {
 		hdrs.Put()
 		return nil, err
 	}
+	l.has(qp)
 	return l, nil
+}
+
+// has gives the link its QP, whose events may have come before it.
+func (l *Link) has(qp *ibdev.QP) {
+	l.qp = qp
+	l.made.Store(true)
+	l.tellBroken()
 }
 
 func (l *Link) param(priv []byte) verbs.ConnParam {
@@ -453,9 +463,21 @@ func (l *Link) fail(err error) {
 	if l.broken.Swap(true) {
 		return
 	}
+	l.why.Store(&err)
+	if l.made.Load() { // else NewLink does it
+		l.tellBroken()
+	}
+}
+
+// tellBroken does what is to be done once when the link has failed. There is a QP.
+func (l *Link) tellBroken() {
+	err := l.why.Swap(nil)
+	if err == nil {
+		return
+	}
 	l.qp.SetError()
 	if !l.closed.Load() {
-		l.up.LinkBroken(l, err)
+		l.up.LinkBroken(l, *err)
 	}
 }
 

@@ -545,3 +545,38 @@ func TestOpMark(t *testing.T) {
 		<-freed
 	})
 }
+
+// TestFailedBeforeMade: a device that goes while a QP is being made says so to a link that has none yet.
+func TestFailedBeforeMade(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		d, err := r.reg.Open(t.Context(), addrA)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var u upper
+		made, err := NewLink(d, r.slab, Config{Ring: 16, Stats: &r.stats}, 1, &u)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var early upper
+		l := &Link{up: &early}
+		l.QPEvent(verbs.EventDeviceRemoved)
+		if !l.Broken() || len(early.broken) != 0 {
+			t.Errorf("broken %v, told %v", l.Broken(), early.broken)
+		}
+		l.has(made.qp)
+		if len(early.broken) != 1 || !errors.Is(early.broken[0], ErrDeviceGone) {
+			t.Errorf("told %v", early.broken)
+		}
+		l.QPEvent(verbs.EventDeviceRemoved)
+		if len(early.broken) != 1 {
+			t.Errorf("told %d times", len(early.broken))
+		}
+		if err := made.Close(time.Second); err != nil {
+			t.Error(err)
+		}
+		d.Put()
+		r.close()
+	})
+}
