@@ -139,8 +139,11 @@ func TestRDSTwoGuests(t *testing.T) {
 	everywhere(t, []*station{kernelStation("first kernel", ka, oa), kernelStation("second kernel", kb, ob), ourStation("ours", s)}, sizesRDS)
 	drained(t, s, ka)
 	drained(t, s, kb)
+	// A kernel acknowledges what asks for it, and every ninth message does: what comes after the last that did stays with its sender
+	// until something else is said (rds-protocol spec 3.6).
+	const unasked = 8
 	eventually(t, "the kernels' queues to each other drain", func() bool {
-		return ka.queued(ob.Local.Addr()) == 0 && kb.queued(oa.Local.Addr()) == 0
+		return ka.queued(ob.Local.Addr()) <= unasked && kb.queued(oa.Local.Addr()) <= unasked
 	})
 	for _, k := range []*kernelEnd{ka, kb} {
 		up := 0
