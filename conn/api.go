@@ -301,6 +301,7 @@ type Stats struct {
 	CongDeltaSent     uint64 // updates of our map that named the ports alone
 	CongDeltaReceived uint64
 	PeerRestarted     uint64 // incarnations of peers that replaced another
+	StrayConnects     uint64 // connections made because a peer took us for the process that was here before
 	PeersDown         uint64 // PeerDown reports
 	ConnectAttempts   uint64
 	ConnectFailed     uint64

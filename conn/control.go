@@ -433,9 +433,33 @@ func (c *Conn) establish(ctx context.Context, l *ib.Link, h *ib.Hello, info verb
 	r.tell()
 	c.peer.kernel.Store(!h.Ours)
 	c.peer.connected()
+	if h.Ours {
+		m.endOthers(c, h.Mark.Incarnation)
+	}
 	m.count.established.Inc()
 	m.log.Debug("connection up", "conn", c, "kernel", !h.Ours, "active", active)
 	return nil
+}
+
+// endOthers ends the connections of other types of service to the host of c that are with a process before the one that c has
+// just been established with: it is gone, since there is one at a time, and they need not wait to find out.
+func (m *Manager) endOthers(c *Conn, inc uint64) {
+	var others []*Conn
+	m.mu.RLock()
+	for tos := 0; tos < 256 && c.peer.conns > 1; tos++ {
+		if x := m.byKey[key{c.local, c.remote, uint8(tos)}]; x != nil && x != c {
+			others = append(others, x)
+		}
+	}
+	m.mu.RUnlock()
+	for _, x := range others {
+		x.mu.Lock()
+		l, old := x.link, x.up && x.open && x.ctl.theirInc != inc && x.ctl.theirInc == x.peer.formerly.Load()
+		x.mu.Unlock()
+		if old {
+			l.Fail(errStale)
+		}
+	}
 }
 
 // know tells the receive side who the peer is, and lets it process what it has kept. Receive handler, or with nothing coming yet.

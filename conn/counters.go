@@ -49,6 +49,7 @@ type counters struct {
 	congDeltas        atomic.Uint64 // received
 	congDeltasSent    atomic.Uint64
 	peerRestarted     atomic.Uint64
+	strayConnects     atomic.Uint64
 	peersDown         atomic.Uint64
 	connectAttempts   atomic.Uint64
 	connectFailed     atomic.Uint64
@@ -118,6 +119,7 @@ func (m *Manager) Stats() Stats {
 		CongDeltaSent:        k.congDeltasSent.Load(),
 		CongDeltaReceived:    k.congDeltas.Load(),
 		PeerRestarted:        k.peerRestarted.Load(),
+		StrayConnects:        k.strayConnects.Load(),
 		PeersDown:            k.peersDown.Load(),
 		ConnectAttempts:      k.connectAttempts.Load(),
 		ConnectFailed:        k.connectFailed.Load(),

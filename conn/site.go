@@ -38,6 +38,7 @@ type site struct {
 	mu      sync.Mutex
 	cur     *ibdev.Device // dev
 	away    bool          // there is no device, and recover is at work on that
+	since   time.Time     // when cur was adopted
 	cong    ourMap
 	conns   []*Conn
 	pushing bool // there is a pusher
@@ -98,8 +99,9 @@ func (s *site) adopt(d *ibdev.Device) error {
 	d.Put()
 	s.dev, s.lis = d, lis
 	s.mu.Lock()
-	s.cur, s.away = d, false
+	s.cur, s.away, s.since = d, false, time.Now()
 	s.mu.Unlock()
+	d.OnStray(s.stray)
 	s.unhook = d.OnRemove(func() { s.lost(d) }) // last: it may have been removed already
 	return nil
 }
@@ -124,6 +126,34 @@ func (s *site) drop() error {
 		d.PutNamed(holder)
 	}
 	return err
+}
+
+// stray is told of a packet for a QP that does not exist. A peer that was connected to the process which had this address before sends
+// such: it has not noticed that the process is gone, and nobody tells it, until its heartbeat does after most of the dead-peer time.
+// So we connect to it, and it finds that its connection is an old one. Only who was connected then is meant: whom we have, or had,
+// a connection with hears of its end otherwise, and after the dead-peer time nobody is left who does not know.
+func (s *site) stray(from netip.Addr) {
+	m := s.m
+	s.mu.Lock()
+	late := time.Since(s.since) > m.cfg.DeadAfter || s.away || s.stopped
+	s.mu.Unlock()
+	m.mu.RLock()
+	known := m.peers[pair{s.addr, from}] != nil
+	m.mu.RUnlock()
+	if late || known {
+		return
+	}
+	c, err := m.create(key{s.addr, from, 0}, false)
+	if err != nil {
+		return
+	}
+	c.mu.Lock()
+	if c.ctl.established == 0 && !c.ctl.closing {
+		m.count.strayConnects.Inc()
+		c.ctl.keep = true
+		c.kickLocked()
+	}
+	c.mu.Unlock()
 }
 
 // lost says that the address has no device: that it found none (nil), or that d is gone. It does not wait.

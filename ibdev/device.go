@@ -64,6 +64,8 @@ type Device struct {
 	hooksMu sync.Mutex
 	hooks   map[*func()]struct{} // nil: they have been called
 
+	stray atomic.Pointer[func(netip.Addr)]
+
 	down chan struct{} // closed when the teardown has ended
 	err  error         // of the teardown; read after down
 }
@@ -159,6 +161,10 @@ func (d *Device) event(e verbs.AsyncEvent) {
 		d.reg.logger.Warn("device lost", "device", d.dev.Name(), "addr", d.addr, "event", e.Type)
 		// What has failed holds its address until it has been closed; what is gone does not.
 		d.reg.remove(d, e.Type, e.Type == verbs.EventDeviceRemoved)
+	case e.Type == verbs.EventStrayPacket:
+		if f := d.stray.Load(); f != nil {
+			(*f)(e.From.Unmap())
+		}
 	case e.QP != nil:
 		if qp := d.findQP(e.QP.Num()); qp != nil && qp.QP == e.QP {
 			if e.Type == verbs.EventQPLastWQEReached {
@@ -178,6 +184,10 @@ func (d *Device) event(e verbs.AsyncEvent) {
 		}
 	}
 }
+
+// OnStray has f called with the source of a packet for a QP that does not exist (verbs.EventStrayPacket), in place of who was called
+// before. It runs on a goroutine of the provider, and does not wait.
+func (d *Device) OnStray(f func(from netip.Addr)) { d.stray.Store(&f) }
 
 // teardown frees the device. It runs when the last reference is gone: no QP, no listener, not
 // in the registry. It waits for nothing an application does.

@@ -490,10 +490,14 @@ const (
 	// EventDeviceRemoved: the device was unplugged, or its interface is gone or down. Its QPs go to ERR and
 	// flush; what is left to do with it is to destroy its objects and close it.
 	EventDeviceRemoved
+	// EventStrayPacket: an RC packet came for a QP that does not exist, from a peer that takes it for its own: most likely one
+	// that was connected to a process which had the device before, and has not noticed that it is gone. Not of the InfiniBand
+	// specification, and only of providers that see such packets, which raise it now and then, not for each.
+	EventStrayPacket
 )
 
 func (t EventType) String() string {
-	names := [...]string{1: "COMM_EST", "SQ_DRAINED", "QP_FATAL", "QP_REQ_ERR", "QP_ACCESS_ERR", "QP_LAST_WQE_REACHED", "CQ_ERR", "SRQ_LIMIT_REACHED", "DEVICE_FATAL", "DEVICE_REMOVED"}
+	names := [...]string{1: "COMM_EST", "SQ_DRAINED", "QP_FATAL", "QP_REQ_ERR", "QP_ACCESS_ERR", "QP_LAST_WQE_REACHED", "CQ_ERR", "SRQ_LIMIT_REACHED", "DEVICE_FATAL", "DEVICE_REMOVED", "STRAY_PACKET"}
 	if t > 0 && int(t) < len(names) {
 		return names[t]
 	}
@@ -506,6 +510,7 @@ type AsyncEvent struct {
 	QP   QP
 	CQ   CQ
 	SRQ  SRQ
+	From netip.Addr // of EventStrayPacket
 }
 
 // CQConfig are the parameters of a CQ.

@@ -129,7 +129,7 @@ func TestStrings(t *testing.T) {
 	check("QPType", within(1, 2), func(i int) string { return verbs.QPType(i).String() })
 	check("SendOpcode", within(1, int(verbs.OpBindMW)), func(i int) string { return verbs.SendOpcode(i).String() })
 	check("MWType", within(1, int(verbs.MWType2B)), func(i int) string { return verbs.MWType(i).String() })
-	check("EventType", within(1, int(verbs.EventDeviceRemoved)), func(i int) string { return verbs.EventType(i).String() })
+	check("EventType", within(1, int(verbs.EventStrayPacket)), func(i int) string { return verbs.EventType(i).String() })
 	statuses := map[int]bool{}
 	for _, s := range []verbs.WCStatus{0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 16, 19, 21} {
 		statuses[int(s)] = true

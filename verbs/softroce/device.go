@@ -195,6 +195,7 @@ type device struct {
 	removed        atomic.Bool // written under mu
 	closed         bool
 	events         asyncQueue
+	strays         strays
 }
 
 func newDevice(p *Provider, addr netip.Addr, conn packetio.Conn) *device {

@@ -331,6 +331,9 @@ func (d *device) packet(t *packetio.RxTrain, b []byte, i uint16) {
 	q := d.qps.get(num)
 	if q == nil || q.closed.Load() {
 		d.stats.add(cRxNoQP, 1)
+		if pk.Op>>5 == 0 && d.strays.due(d.now) && pk.BTH.PKeyOK() {
+			d.stray(t, b, i)
+		}
 		return
 	}
 	if q.typ == verbs.UD {
