@@ -196,8 +196,8 @@ func (d *Device) teardown() {
 	if d.err != nil {
 		d.reg.logger.Error("device teardown", "device", d.dev.Name(), "err", d.err)
 	}
+	d.reg.forget(d) // first: who waits for the end, and has been told how it went, is not told again by Registry.Close
 	close(d.down)
-	d.reg.forget(d)
 }
 
 // gone tells the users of a device that was removed, once. Whoever asks (Gone) has been told already, so a QP that is
