@@ -116,8 +116,8 @@ func (q *cq) close() error {
 	return q.vcq.Close()
 }
 
-// poll dispatches completions, until there are none or were pollRound, arms the queue if it is empty, and ends the batch of every QP that had one. It
-// returns how many there were.
+// poll dispatches completions, until there are none or were pollRound, arms the queue if it is empty, and ends the batch of every QP
+// that had one. It returns how many there were.
 func (q *cq) poll() int {
 	d := q.dev
 	total := 0

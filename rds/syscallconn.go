@@ -105,7 +105,8 @@ func (s *Socket) settle(looked bool) {
 // be read until there is none. What comes while there are unread ones of its kind need not be an event.
 //
 // The descriptor is valid inside the functions given to the RawConn; until Close of the socket outside of them, when an epoll
-// forgets it without an event, as it does any that is closed. Having one costs a system call each time the socket's queue becomes empty or ceases to be. ErrNotSupported where there is no eventfd.
+// forgets it without an event, as it does any that is closed. Having one costs a system call each time the socket's queue becomes
+// empty or ceases to be. ErrNotSupported where there is no eventfd.
 func (s *Socket) SyscallConn() (syscall.RawConn, error) {
 	r, err := s.readiness()
 	if err != nil {
